@@ -1,0 +1,311 @@
+"""The facts that travel between the machine and its stores: frozen, comparable, without behaviour.
+
+Never lives here: anything that waits, and any word that belongs to one adapter only.
+Moments called `…_at` are seconds since 1970 (wall clock), for people; no decision compares them
+between two hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+AccountId = NewType("AccountId", str)
+MessageId = NewType("MessageId", str)
+Stamp = NewType("Stamp", str)
+"""What a store says a document's present version is (Firestore: `update_time`). Opaque: compared
+for equality by the store that made it, and by nobody else."""
+
+KeyName = NewType("KeyName", str)
+"""A name in an account's authentication state: `creds`, `session-4915….0`, `pre-key-17`."""
+
+PartName = NewType("PartName", str)
+"""One of the packed blobs that an account's authentication state is kept in. `MAIN_PART` holds
+the credentials and the list of the others."""
+
+MAIN_PART = PartName("main")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """How new an account's copy is. Ordered: the higher epoch wins, then the higher revision."""
+
+    epoch: int
+    revision: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}.{self.revision}"
+
+
+class AccountStatus(StrEnum):
+    """What an account is doing, as callers read it."""
+
+    QR_READY = "qr_ready"
+    AWAITING_SCAN = "awaiting_scan"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    RESTORING = "restoring"
+    BACKING_OFF = "backing_off"
+    LOGGED_OUT = "logged_out"
+    BANNED = "banned"
+    QUARANTINED = "quarantined"
+    STOPPED = "stopped"
+
+
+RESTORED_STATUSES = frozenset(
+    {
+        AccountStatus.CONNECTED,
+        AccountStatus.CONNECTING,
+        AccountStatus.QR_READY,
+        AccountStatus.AWAITING_SCAN,
+        AccountStatus.RESTORING,
+        AccountStatus.BACKING_OFF,
+    }
+)
+"""Accounts in these are opened when an instance becomes ACTIVE; the others are only listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The plain fields of an account, for queries and for people. Never holds a secret."""
+
+    account_id: AccountId
+    name: str
+    status: AccountStatus
+    created_at: float
+    updated_at: float
+    since: float
+    """When `status` became what it is."""
+    phone: str | None = None
+    last_error: str | None = None
+    last_connected_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AccountCopy:
+    """One store's copy of an account.
+
+    `parts` always holds `MAIN_PART` when the store could read it; the other parts are there only
+    when they were asked for (`fetch_account`) or cost nothing (`LocalStore`): see `complete`.
+    A copy that could not be read keeps its bytes in the store; `fault` says what is wrong with it
+    and `account` holds what could still be made out.
+    """
+
+    account: Account
+    version: Version
+    parts: Mapping[PartName, bytes]
+    complete: bool
+    stamp: Stamp | None = None
+    commit_id: str = ""
+    """The `AccountCommit.commit_id` that wrote this copy: it tells whether a commit without an
+    answer was applied."""
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """A change set of an account's authentication state: applied whole or not at all.
+
+    `None` deletes a key. `creds`, when present, is a complete new value.
+    """
+
+    values: Mapping[KeyName, bytes | None]
+
+
+class MessageState(StrEnum):
+    """How far a message has come. It only moves forward; `failed` is final."""
+
+    QUEUED = "queued"
+    SENDING = "sending"
+    SERVER_ACK = "server_ack"
+    DELIVERED = "delivered"
+    READ = "read"
+    FAILED = "failed"
+
+
+PENDING_STATES = frozenset({MessageState.QUEUED, MessageState.SENDING})
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An outbox entry. `message_id` is made once, before the wire, and reused at every retry."""
+
+    message_id: MessageId
+    account_id: AccountId
+    to: str
+    """The recipient's phone number in international form, digits only."""
+    text: str
+    state: MessageState
+    epoch: int
+    created_at: float
+    updated_at: float
+    idempotency_key: str | None = None
+    error: str | None = None
+    attempts: int = 0
+    state_at: Mapping[MessageState, float] = field(default_factory=dict)
+    """When each state was reached."""
+
+
+class LeaseState(StrEnum):
+    """What the lease and the fence say of themselves. `handoff` occurs in the fence only."""
+
+    HELD = "held"
+    RELEASED = "released"
+    HANDOFF = "handoff"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who an instance is. `incarnation` is random for each process start."""
+
+    name: str
+    incarnation: str
+    address: str
+    """Where other instances reach its API, for example `http://10.0.0.7:8080`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The heartbeat document. `nonce` is fresh for each attempt to write it."""
+
+    holder: str
+    incarnation: str
+    epoch: int
+    nonce: str
+    ttl_s: float
+    state: LeaseState
+
+
+@dataclass(frozen=True, slots=True)
+class FenceChange:
+    """One line of the fence's history: who changed it, when, to what and why."""
+
+    at: float
+    epoch: int
+    state: LeaseState
+    changed_by: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The control document: who acts under which epoch, and what the operator asked for.
+
+    `holder` acts under `epoch`; `epoch` never falls. `paused` keeps everyone from acquiring.
+    """
+
+    epoch: int
+    holder: str
+    incarnation: str
+    address: str
+    state: LeaseState
+    handoff_to: str | None = None
+    paused: bool = False
+    step_down_of: int | None = None
+    """An operator's wish: the holder of this epoch is to step down (`force` writes a new epoch)."""
+    reason: str = ""
+    changed_by: str = ""
+    history: tuple[FenceChange, ...] = ()
+
+
+FENCE_HISTORY_MAX = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """Both documents as one read saw them.
+
+    `age_s` is the time since the lease was last written, on the store's clock (never a wall clock
+    of ours). A store that can tell that the holder is dead (SQLite: another boot id) answers
+    infinity.
+    """
+
+    lease: Lease
+    fence: Fence
+    lease_stamp: Stamp
+    fence_stamp: Stamp
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseWrite:
+    """One conditional commit: everything it depends on is a value in here, fixed before the await.
+
+    `None` leaves that document alone. `lease_stamp`/`fence_stamp`, when given, are preconditions:
+    the document must be exactly as it was when that stamp was read.
+    """
+
+    lease: Lease | None = None
+    fence: Fence | None = None
+    lease_stamp: Stamp | None = None
+    fence_stamp: Stamp | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseStamps:
+    """The stamps after a successful `LeaseWrite`; `None` for a document it did not write."""
+
+    lease_stamp: Stamp | None
+    fence_stamp: Stamp | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Proof that an epoch was granted: what every write of its holder carries."""
+
+    epoch: int
+    holder: str
+    incarnation: str
+    fence_stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class AccountCommit:
+    """One atomic, fenced change of one account and of messages in its outbox.
+
+    Refused (`StaleWrite`) unless the stored account is exactly at `stamp`. With `copy_changed`
+    false only messages are written and the account is merely checked; the stored `commit_id`
+    changes all the same, so that an unanswered commit can be recognised.
+    The same object may be committed again after an ambiguous answer: the commit is then either
+    found applied (same `commit_id`) or applied now.
+    """
+
+    grant: Grant
+    commit_id: str
+    account: Account
+    version: Version
+    stamp: Stamp
+    parts: Mapping[PartName, bytes | None] = field(default_factory=dict)
+    """The changed parts only; `None` deletes one. `MAIN_PART` is among them when any part is."""
+    new_messages: tuple[Message, ...] = ()
+    """Must not exist yet: `MessageExists` otherwise, and nothing at all is written."""
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Every account that a store knows, readable or not, without order.
+
+    `complete` is false when the store knows that it could not name all of them (a torn file).
+    """
+
+    copies: tuple[AccountCopy, ...]
+    complete: bool = True
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """The record of one transition of the machine. `at` is wall time; `duration_s` is how long
+    its callbacks took; `epoch` is the one acted under, 0 if none."""
+
+    source: str
+    dest: str
+    trigger: str
+    reason: str
+    at: float
+    duration_s: float
+    epoch: int
+    instance: str
