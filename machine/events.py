@@ -1,0 +1,138 @@
+"""Every event the machine tells, with its level and its sentence. Spelled the same everywhere.
+
+An event's name is a noun and a past tense. The sentence is for the log; fields are filled in by
+name and are never secrets or message bodies. docs/events.md is generated from this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from machine.ports import Level
+
+
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """How an event is told."""
+
+    level: Level
+    text: str
+
+
+def _debug(text: str) -> EventKind:
+    return EventKind(Level.DEBUG, text)
+
+
+def _info(text: str) -> EventKind:
+    return EventKind(Level.INFO, text)
+
+
+def _warning(text: str) -> EventKind:
+    return EventKind(Level.WARNING, text)
+
+
+def _error(text: str) -> EventKind:
+    return EventKind(Level.ERROR, text)
+
+
+EVENTS: dict[str, EventKind] = {
+    # --- the machine
+    "instance.booted": _info("{instance} is up at {address}; highest epoch on this disk: {epoch}"),
+    "transition.made": _info("{source} -> {dest} ({trigger}): {reason}"),
+    "transition.failed": _error("{source} -> {dest} ({trigger}) was cut short: {error}"),
+    "drain.asked": _info("drain asked: {reason}"),
+    "step_down.asked": _info("step-down asked: {reason}"),
+    "warm.finished": _info(
+        "PASSIVE: disk copy brought up to date: {fetched} of {total} accounts fetched"
+    ),
+    "warm.failed": _warning("PASSIVE: disk copy could not be brought up to date: {error}"),
+    "disk.failed": _warning(
+        "this host's disk copy could not be written ({what}): {error}; "
+        "the shared store has everything; check free space and permissions"
+    ),
+    # --- the lease
+    "lease.acquired": _info("lease acquired: epoch {epoch}, was held by {previous}"),
+    "lease.not_acquired": _info("lease not acquired: {holder} was faster"),
+    "lease.unreadable": _warning(
+        "lease could not be read: {error}; asking again in {retry_s} s; "
+        "check that the store is reachable"
+    ),
+    "lease.missing": _error(
+        "the lease documents do not exist: {error}; this is never taken for a free lease; "
+        "run `watchkeeper init` once for this group, or restore the store's backup"
+    ),
+    "lease.renewed": _debug("lease renewed (epoch {epoch}, renewal {renewals})"),
+    "lease.renewal_failed": _warning(
+        "lease renewal {failures} failed (epoch {epoch}); the term ends by itself in "
+        "{remaining_s} s unless one succeeds"
+    ),
+    "lease.lost": _warning("lease lost (epoch {epoch}): {reason}"),
+    "lease.released": _info("lease released (epoch {epoch}): {reason}"),
+    "lease.release_unanswered": _warning("releasing the lease got no answer: {error}"),
+    "lease.not_released": _warning(
+        "lease not released (epoch {epoch}): the store did not answer; others wait for its ttl"
+    ),
+    "epoch.fell": _error(
+        "the lease documents are older than what this group has seen (epoch {found} in {where}, "
+        "{epoch} in the lease): they were restored from a backup; acting on under a higher epoch"
+    ),
+    # --- the restore
+    "restore.skipped": _info(
+        "PASSIVE: account restore skipped, lease held by {holder} (epoch {epoch})"
+    ),
+    "restore.started": _info(
+        "ACTIVE under epoch {epoch}: restoring accounts from the shared store and from disk"
+    ),
+    "restore.source_read": _info("found {found} accounts in {source} ({duration_s} s)"),
+    "restore.source_retried": _warning("reading {source} failed (try {tries}): {error}"),
+    "restore.source_failed": _error("{source} could not be read: {error}; {advice}"),
+    "restore.found": _info(
+        "found {total} accounts: {shared} in the shared store, {disk} on disk; "
+        "{to_open} to open, {listed} only listed, {quarantined} quarantined"
+    ),
+    "account.found": _info("account {account_id} ({name}): {status}, taken from {source}"),
+    "account.imported": _info("account {account_id} imported from a Baileys directory"),
+    "import.failed": _error("{directory} was not imported: {cause}; {advice}"),
+    "import.noted": _warning("import of {account_id}: {cause}; {advice}"),
+    "session.restored": _info("account {account_id} restored in {duration_s} s: {status}"),
+    "session.failed": _warning("account {account_id} not restored: {cause}; {advice}"),
+    "restore.finished": _info(
+        "restore finished in {duration_s} s: {restored} restored, {pairing} waiting for a phone, "
+        "{listed} listed, {failed} failed, of {total}"
+    ),
+    "restore.interrupted": _warning("restore interrupted after {duration_s} s: {reason}"),
+    # --- sessions
+    "session.connected": _info("account {account_id} connected"),
+    "session.closed": _info(
+        "account {account_id} closed with {code} ({meaning}); next try in {retry_s} s"
+    ),
+    "session.stopped": _warning("account {account_id} is {status}: {cause}; {advice}"),
+    "session.quarantined": _error("account {account_id} quarantined: {cause}; {advice}"),
+    "session.doubled": _error(
+        "account {account_id} was opened by another client (440): if that is another instance of "
+        "ours, two of them act; epoch {epoch}"
+    ),
+    "account.created": _info("account {account_id} created"),
+    "account.removed": _info("account {account_id} removed (purge: {purge})"),
+    "account.sealed": _debug("account {account_id} sealed under epoch {epoch}"),
+    "account.refused_seal": _info("account {account_id} had changed since it was read; read again"),
+    "account.pushed": _info(
+        "account {account_id}: this disk's copy {version} was newer than the shared store's"
+    ),
+    "account.rekeyed": _info("account {account_id} re-encrypted with the active key"),
+    # --- sends
+    "message.accepted": _debug("message {message_id} of {account_id} accepted"),
+    "message.acked": _debug("message {message_id} of {account_id} acknowledged by the server"),
+    "message.retried": _info("message {message_id} of {account_id} goes out again: {cause}"),
+    "message.failed": _warning("message {message_id} of {account_id} failed: {cause}"),
+    "outbox.loaded": _info("outbox: {count} messages wait to be sent"),
+    "outbox.purged": _debug("outbox: {count} settled messages over their retention deleted"),
+    # --- the store
+    "commit.retried": _warning("account {account_id}: commit not confirmed ({error}); again"),
+    "commit.refused": _warning("account {account_id}: commit refused: {reason}"),
+    "drain.settled": _info("settled in {duration_s} s: {in_flight} sends were in flight"),
+    "drain.unsettled": _warning(
+        "{in_flight} sends were still in flight after {duration_s} s; the next holder sends them "
+        "again under the same message ids"
+    ),
+}
