@@ -34,6 +34,7 @@ from pydantic_settings import (
 )
 
 from machine.limits import Durability
+from machine.ports import Level
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -83,15 +84,6 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
-
-
-class LogLevel(StrEnum):
-    """The quietest events that are still logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 def parse_bind(text: str) -> tuple[str, int]:
@@ -352,8 +344,8 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field(
         LogFormat.TEXT, description="`text` for people, `json` for one object a line."
     )
-    log_level: LogLevel = Field(
-        LogLevel.INFO, description="The quietest level that is logged: debug, info, warning, error."
+    log_level: Level = Field(
+        Level.INFO, description="The quietest level that is logged: debug, info, warning, error."
     )
 
     @classmethod
