@@ -1,0 +1,167 @@
+"""The file that all instances of a host share, and how they see whether each other is alive.
+
+Lives here: opening `loopback.db`, its tables, and the signs of life of bridges.
+Never lives here: what the rows mean (`daemon.loopback.server`).
+
+`synchronous=NORMAL` in WAL mode: what was committed survives the death of any process. A crash of
+the host may lose the last commits, which a simulation can afford.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import time
+from pathlib import Path
+
+BUSY_S = 1.0
+"""How long one instance waits for another's transaction. Transactions take a few milliseconds."""
+
+PAGES_MAX = 524_288
+"""2 GiB at SQLite's 4 KiB pages. Beyond it the server answers 503."""
+
+FORMAT = 1
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO meta VALUES ('behaviour', 0), ('evictions', 0);
+CREATE TABLE behaviour (account_id TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE device (
+    device_id TEXT PRIMARY KEY, account_id TEXT NOT NULL, proof TEXT NOT NULL, phone TEXT NOT NULL,
+    removed INTEGER NOT NULL, paired_at REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX device_account ON device (account_id);
+CREATE TABLE pairing (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, connection_id TEXT NOT NULL UNIQUE,
+    bridge_id TEXT NOT NULL, account_id TEXT NOT NULL, device_id TEXT NOT NULL,
+    proof TEXT NOT NULL, until REAL NOT NULL, code TEXT, code_until REAL, code_phone TEXT);
+CREATE INDEX pairing_account ON pairing (account_id);
+CREATE TABLE login (
+    device_id TEXT PRIMARY KEY, connection_id TEXT NOT NULL, bridge_id TEXT NOT NULL,
+    account_id TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX login_account ON login (account_id);
+CREATE TABLE mail (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, bridge_id TEXT NOT NULL, connection_id TEXT NOT NULL,
+    kind TEXT NOT NULL, body TEXT NOT NULL);
+CREATE INDEX mail_bridge ON mail (bridge_id, seq);
+CREATE TABLE message (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, account_id TEXT NOT NULL, recipient TEXT NOT NULL,
+    message_id TEXT NOT NULL, text TEXT NOT NULL, at REAL NOT NULL, readable INTEGER NOT NULL,
+    duplicate INTEGER NOT NULL, shown INTEGER NOT NULL);
+CREATE INDEX message_name ON message (account_id, recipient, message_id, readable);
+CREATE TABLE ratchet (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, device_id TEXT NOT NULL, contact TEXT NOT NULL,
+    session_id TEXT NOT NULL, position INTEGER NOT NULL,
+    UNIQUE (device_id, contact, session_id));
+CREATE TABLE eviction (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, account_id TEXT NOT NULL, at REAL NOT NULL);
+"""
+
+
+class LoopbackUnusable(Exception):
+    """The directory or the file cannot be used; the message says what to do."""
+
+
+def open_database(directory: Path) -> sqlite3.Connection:
+    """Open `loopback.db`, making directory (mode 0700), file and tables when they are missing.
+
+    Blocks; for worker threads. Raises `LoopbackUnusable`.
+    """
+    path = directory / "loopback.db"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        database = sqlite3.connect(
+            path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+        )
+    except (OSError, sqlite3.Error) as error:
+        raise LoopbackUnusable(f"cannot open {path}: {error}") from error
+    try:
+        _enter_wal(database)
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute(f"PRAGMA max_page_count={PAGES_MAX}")
+        _make_tables(database, path)
+    except sqlite3.Error as error:
+        database.close()
+        raise LoopbackUnusable(f"cannot use {path}: {error}; it may be deleted") from error
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _enter_wal(database: sqlite3.Connection) -> None:
+    """Switch to WAL once. SQLite does not wait for others here by itself, so we do."""
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            if database.execute("PRAGMA journal_mode=WAL").fetchone()[0] == "wal":
+                return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.01)
+
+
+def _make_tables(database: sqlite3.Connection, path: Path) -> None:
+    if database.execute("PRAGMA user_version").fetchone()[0] == FORMAT:
+        return
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        found = database.execute("PRAGMA user_version").fetchone()[0]
+        if found == 0:
+            for statement in _TABLES.split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version={FORMAT}")
+        elif found != FORMAT:
+            raise LoopbackUnusable(f"{path} has format {found}, not {FORMAT}; delete it")
+        database.execute("COMMIT")
+    finally:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+
+
+class Presence:
+    """A bridge's sign of life: a file under an exclusive flock, from construction to `close`.
+
+    The kernel drops the flock with the process, so a bridge whose process was killed is seen as
+    gone at once, as a server sees its connections reset. A stopped process still counts as alive.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.bridge_id = secrets.token_hex(8)
+        self._path = _sign(directory, self.bridge_id)
+        self._path.parent.mkdir(mode=0o700, exist_ok=True)
+        # Named only once the flock is held, or another would take it for a dead bridge's.
+        unnamed = self._path.with_suffix(".new")
+        self._fd = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        unnamed.rename(self._path)
+
+    def close(self) -> None:
+        """Be gone, for everyone, when this returns."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def is_alive(directory: Path, bridge_id: str) -> bool:
+    """Whether the bridge's process still runs. Removes the sign of one that does not."""
+    path = _sign(directory, bridge_id)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared, so that two who look at the same time do not take each other for the bridge.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        path.unlink(missing_ok=True)
+        return False
+    finally:
+        os.close(fd)
+
+
+def _sign(directory: Path, bridge_id: str) -> Path:
+    return directory / "bridges" / bridge_id
