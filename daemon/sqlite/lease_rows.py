@@ -1,0 +1,199 @@
+"""The lease and the fence as two rows of the embedded store. Runs in a worker's transaction."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from machine.ports import LeaseMissing, LeaseRefused, StoreMisconfigured
+from machine.records import (
+    Fence,
+    FenceChange,
+    Lease,
+    LeaseStamps,
+    LeaseState,
+    LeaseView,
+    LeaseWrite,
+    Stamp,
+)
+
+TABLES = """
+CREATE TABLE lease (
+    row INTEGER PRIMARY KEY CHECK (row = 1),
+    stamp TEXT NOT NULL,
+    holder TEXT NOT NULL,
+    incarnation TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    nonce TEXT NOT NULL,
+    ttl_s REAL NOT NULL,
+    state TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    written_at REAL NOT NULL
+) STRICT;
+CREATE TABLE fence (
+    row INTEGER PRIMARY KEY CHECK (row = 1),
+    stamp TEXT NOT NULL,
+    epoch INTEGER NOT NULL,
+    holder TEXT NOT NULL,
+    incarnation TEXT NOT NULL,
+    address TEXT NOT NULL,
+    state TEXT NOT NULL,
+    handoff_to TEXT,
+    paused INTEGER NOT NULL,
+    step_down_of INTEGER,
+    reason TEXT NOT NULL,
+    changed_by TEXT NOT NULL,
+    history TEXT NOT NULL
+) STRICT
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """The clock that every process of the host shares, and which boot it counts from.
+
+    `boottime()` is in seconds and goes on in a suspend.
+    """
+
+    boot_id: str
+    boottime: Callable[[], float]
+
+
+def new_stamp() -> Stamp:
+    """A stamp that no document ever had, also not before a backup was put back."""
+    return Stamp(secrets.token_hex(8))
+
+
+def read(connection: sqlite3.Connection, boot: Boot) -> LeaseView:
+    """Both documents. Raises `LeaseMissing`, `StoreMisconfigured`."""
+    lease_row = connection.execute(
+        "SELECT holder, incarnation, epoch, nonce, ttl_s, state, stamp, boot_id, written_at"
+        " FROM lease"
+    ).fetchone()
+    found = read_fence(connection)
+    if lease_row is None or found is None:
+        missing = "lease" if lease_row is None else "fence"
+        raise LeaseMissing(f"the {missing} is missing: run `watchkeeper init` if that is expected")
+    holder, incarnation, epoch, nonce, ttl_s, state, stamp, boot_id, written_at = lease_row
+    try:
+        lease = Lease(holder, incarnation, epoch, nonce, ttl_s, LeaseState(state))
+    except ValueError as error:
+        raise StoreMisconfigured(f"the lease cannot be read: {error}") from error
+    age_s = boot.boottime() - written_at if boot_id == boot.boot_id else math.inf
+    return LeaseView(lease, found[0], Stamp(stamp), found[1], max(0.0, age_s))
+
+
+def read_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
+    """The fence and its stamp, if there is one. Raises `StoreMisconfigured`."""
+    row = connection.execute(
+        "SELECT epoch, holder, incarnation, address, state, handoff_to, paused, step_down_of,"
+        " reason, changed_by, history, stamp FROM fence"
+    ).fetchone()
+    if row is None:
+        return None
+    epoch, holder, incarnation, address, state, handoff_to, paused, step_down_of = row[:8]
+    reason, changed_by, history, stamp = row[8:]
+    try:
+        known_state = LeaseState(state)
+        lines = msgspec.json.decode(history, type=tuple[FenceChange, ...])
+    except ValueError as error:
+        raise StoreMisconfigured(f"the fence cannot be read: {error}") from error
+    fence = Fence(
+        epoch,
+        holder,
+        incarnation,
+        address,
+        known_state,
+        handoff_to,
+        bool(paused),
+        step_down_of,
+        reason,
+        changed_by,
+        lines,
+    )
+    return fence, Stamp(stamp)
+
+
+def write(connection: sqlite3.Connection, boot: Boot, write: LeaseWrite) -> LeaseStamps:
+    """Write what `write` names, under its preconditions. Raises `LeaseMissing`, `LeaseRefused`."""
+    _check(connection, "lease", write.lease is not None, write.lease_stamp)
+    _check(connection, "fence", write.fence is not None, write.fence_stamp)
+    lease_stamp = fence_stamp = None
+    if write.lease is not None:
+        lease_stamp = _put_lease(connection, boot, write.lease)
+    if write.fence is not None:
+        fence_stamp = _put_fence(connection, write.fence)
+    return LeaseStamps(lease_stamp, fence_stamp)
+
+
+def initialise(connection: sqlite3.Connection, boot: Boot, epoch: int) -> bool:
+    """Create both, or find both. Raises `LeaseMissing` where there is only one."""
+    leases = connection.execute("SELECT count(*) FROM lease").fetchone()[0]
+    fences = connection.execute("SELECT count(*) FROM fence").fetchone()[0]
+    if leases != fences:
+        raise LeaseMissing(
+            "one of lease and fence is missing: put back a backup of the shared directory"
+        )
+    if leases:
+        return False
+    _put_lease(connection, boot, Lease("", "", epoch, "", 0.0, LeaseState.RELEASED))
+    _put_fence(connection, Fence(epoch, "", "", "", LeaseState.RELEASED))
+    return True
+
+
+def _check(
+    connection: sqlite3.Connection, table: str, written: bool, expected: Stamp | None
+) -> None:
+    if not written and expected is None:
+        return
+    row = connection.execute(f"SELECT stamp FROM {table}").fetchone()  # noqa: S608  # our names
+    if row is None:
+        raise LeaseMissing(f"the {table} is missing")
+    if expected is not None and row[0] != expected:
+        raise LeaseRefused(f"the {table} has changed since it was read")
+
+
+def _put_lease(connection: sqlite3.Connection, boot: Boot, lease: Lease) -> Stamp:
+    stamp = new_stamp()
+    connection.execute(
+        "REPLACE INTO lease VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            stamp,
+            lease.holder,
+            lease.incarnation,
+            lease.epoch,
+            lease.nonce,
+            lease.ttl_s,
+            lease.state,
+            boot.boot_id,
+            boot.boottime(),
+        ),
+    )
+    return stamp
+
+
+def _put_fence(connection: sqlite3.Connection, fence: Fence) -> Stamp:
+    stamp = new_stamp()
+    connection.execute(
+        "REPLACE INTO fence VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            stamp,
+            fence.epoch,
+            fence.holder,
+            fence.incarnation,
+            fence.address,
+            fence.state,
+            fence.handoff_to,
+            fence.paused,
+            fence.step_down_of,
+            fence.reason,
+            fence.changed_by,
+            msgspec.json.encode(fence.history).decode(),
+        ),
+    )
+    return stamp
