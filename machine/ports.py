@@ -10,6 +10,7 @@ been done) unless its docstring says otherwise.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -266,6 +267,15 @@ class AuthCodec(Protocol):
         """
         ...
 
+    def rotate(
+        self, account_id: AccountId, parts: Mapping[PartName, bytes], version: Version
+    ) -> dict[PartName, bytes]:
+        """All parts written again under the active key; empty when they are already.
+
+        Raises `AuthUnreadable`.
+        """
+        ...
+
 
 class AuthTooLarge(Exception):
     """A part would grow over what a store accepts in one document."""
@@ -400,6 +410,41 @@ class Connector(Protocol):
         ...
 
 
+# --- accounts that come from elsewhere --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyAccount:
+    """An account read from a directory of another backend, ready to be created here.
+
+    `notes` are (cause, advice) of what was left out of it.
+    """
+
+    account_id: AccountId
+    name: str
+    phone: str | None
+    keys: Mapping[KeyName, bytes]
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyFault:
+    """A directory that could not be imported. Its files are untouched."""
+
+    directory: str
+    account_id: AccountId
+    cause: str
+    advice: str
+
+
+class LegacySource(Protocol):
+    """Directories of other backends (Baileys' multi-file layout). Only ever read."""
+
+    async def scan(self, directory: str | None = None) -> Sequence[LegacyAccount | LegacyFault]:
+        """Everything in `directory`; `None`: in the configured one, nothing when there is none."""
+        ...
+
+
 # --- telling ---------------------------------------------------------------------------------
 
 
@@ -430,3 +475,19 @@ class Clocks(Protocol):
     def boottime(self) -> float:
         """Seconds since boot, suspend included (CLOCK_BOOTTIME): for the term's deadline."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The world as the machine is given it, once, by the composition root."""
+
+    lease: LeaseStore
+    accounts: AccountStore
+    outbox: OutboxStore
+    local: LocalStore
+    codec: AuthCodec
+    connector: Connector
+    legacy: LegacySource
+    journal: Journal
+    clocks: Clocks
+    rng: random.Random

@@ -102,6 +102,8 @@ class AccountCopy:
     """The `AccountCommit.commit_id` that wrote this copy: it tells whether a commit without an
     answer was applied."""
     fault: str | None = None
+    removed: bool = False
+    """The account was removed: this copy is only the mark that says so, at a version of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +267,9 @@ class Grant:
 class AccountCommit:
     """One atomic, fenced change of one account and of messages in its outbox.
 
-    Refused (`StaleWrite`) unless the stored account is exactly at `stamp`. With `copy_changed`
-    false only messages are written and the account is merely checked; the stored `commit_id`
-    changes all the same, so that an unanswered commit can be recognised.
+    Refused (`StaleWrite`) unless the stored account is exactly at `stamp`. The account's plain
+    fields, version and `commit_id` are always written; the latter is how a commit without an
+    answer is recognised.
     The same object may be committed again after an ambiguous answer: the commit is then either
     found applied (same `commit_id`) or applied now.
     """

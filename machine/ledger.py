@@ -1,0 +1,577 @@
+"""One account's durable state: the only writer of its copy in the shared store and on this disk.
+
+Every change of an account goes through its `Ledger`, one commit at a time; what arrives during a
+commit goes with the next (group commit). A commit carries the epoch and expects the stamp that the
+account had last, so a holder that is not one any more is refused by the store.
+
+Never lives here: what the change means (`machine.session`, `machine.outbox`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import trio
+
+from machine.lease import describe_error
+from machine.limits import Durability, Limits
+from machine.ports import (
+    MessageExists,
+    Ports,
+    StaleWrite,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
+from machine.records import (
+    Account,
+    AccountCommit,
+    AccountCopy,
+    AccountId,
+    Grant,
+    KeyChange,
+    KeyName,
+    Message,
+    MessageId,
+    PartName,
+    Stamp,
+    Version,
+)
+from machine.refusals import StoreAway
+from machine.retry import Backoff, retry
+
+COMMIT_BACKOFF = Backoff(first_s=0.05, factor=2.0, cap_s=2.0, jitter=0.5)
+
+READOPTIONS_MAX = 5
+"""How often one commit may find the account changed under it before it is given up."""
+
+
+class AccountVanished(Exception):
+    """The account is not in the shared store any more: it was removed, or cannot be read."""
+
+
+class TermGuard(Protocol):
+    """What a ledger needs of its term."""
+
+    grant: Grant
+
+    def check(self) -> None:
+        """Raise `NotActive` when the term is over, on either clock."""
+        ...
+
+    def lose(self, reason: str) -> None:
+        """End the term at once: another acts."""
+        ...
+
+    def spawn(self, work: Callable[[], Any]) -> None:
+        """Run `work` in the term's nursery."""
+        ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One change that waits for its commit. `applied` is called in the instant it is durable."""
+
+    keys: KeyChange | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    new_message: Message | None = None
+    messages: tuple[Message, ...] = ()
+    applied: Callable[[], None] | None = None
+    failed: Callable[[Exception], None] | None = None
+    shared: bool = False
+    """Must reach the shared store, whatever the durability."""
+    complete: bool = False
+    """Needs every part in memory."""
+    rotate: bool = False
+    """Writes every part again, under the active encryption key."""
+    clear: bool = False
+    """Deletes every part."""
+    done: trio.Event = field(default_factory=trio.Event)
+    error: Exception | None = None
+
+    def finish(self, error: Exception | None = None) -> None:
+        self.error = error
+        if error is None and self.applied is not None:
+            self.applied()
+        if error is not None and self.failed is not None:
+            self.failed(error)
+        self.done.set()
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to write: the entry only asks for what a commit brings about."""
+        changes = (self.keys, self.fields, self.new_message, self.messages)
+        return not any((*changes, self.rotate, self.clear))
+
+
+@dataclass(slots=True)
+class _Behind:
+    """What only this disk has (`Durability.LOCAL`), until the shared store has it too."""
+
+    parts: dict[PartName, bytes | None] = field(default_factory=dict)
+    messages: dict[MessageId, Message] = field(default_factory=dict)
+    dirty: bool = False
+
+
+class Ledger:
+    """One account's copy, and its commits.
+
+    Between calls: `account`, `version` and `parts` are what the last durable commit wrote (plus
+    plain fields noted by `note`, which go with the next); at most one commit is in flight; no
+    commit is sent before the account is sealed under this term's epoch, or seals it.
+    """
+
+    def __init__(
+        self,
+        copy: AccountCopy,
+        *,
+        term: TermGuard,
+        ports: Ports,
+        limits: Limits,
+        durability: Durability,
+        push: bool = False,
+        saved: bool = False,
+    ) -> None:
+        self.account: Account = copy.account
+        self.version: Version = copy.version
+        self.parts: dict[PartName, bytes] = dict(copy.parts)
+        self.complete = copy.complete
+        self.stamp: Stamp | None = copy.stamp
+        self._term = term
+        self._ports = ports
+        self._limits = limits
+        self._durability = durability
+        self._push = push
+        self._waiting: list[_Entry] = []
+        self._busy = False
+        self._idle = trio.Event()
+        self._idle.set()
+        self._noted: dict[str, Any] = {}
+        self._behind = _Behind()
+        self._replicating = False
+        self._saved = copy.version if saved else None
+        self._disk_failed = False
+
+    @property
+    def account_id(self) -> AccountId:
+        """Whose ledger this is."""
+        return self.account.account_id
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the shared copy carries this term's epoch: an older holder's writes now fail."""
+        return self.stamp is not None and self.version.epoch == self._term.grant.epoch
+
+    def keys(self) -> dict[KeyName, bytes]:
+        """Every key of the account. Raises `AuthUnreadable`."""
+        return self._ports.codec.unpack(self.account_id, self.parts)
+
+    def note(self, **fields: Any) -> None:
+        """Change plain fields in memory; they are stored with the next commit."""
+        self.account = replace(self.account, **fields)
+        self._noted.update(fields)
+
+    # --- writing
+
+    def post(
+        self,
+        *,
+        keys: KeyChange | None = None,
+        fields: Mapping[str, Any] | None = None,
+        new_message: Message | None = None,
+        messages: tuple[Message, ...] = (),
+        applied: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Queue a change, in order, without waiting.
+
+        `applied` is called in the instant it is durable, or `failed` with what `write` raises.
+        """
+        self._post(_Entry(keys, fields or {}, new_message, messages, applied, failed))
+
+    async def write(
+        self,
+        *,
+        keys: KeyChange | None = None,
+        fields: Mapping[str, Any] | None = None,
+        new_message: Message | None = None,
+        messages: tuple[Message, ...] = (),
+        applied: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Queue a change and wait until it is durable.
+
+        Raises `MessageExists` (this change was not written), `AccountVanished`, `StoreAway`,
+        `AuthUnreadable`, `AuthTooLarge`. Cancelled: the change may be written all the same, and
+        `applied` (or `failed`) is then called all the same.
+        """
+        await self._wait(_Entry(keys, fields or {}, new_message, messages, applied, failed))
+
+    def _post(self, entry: _Entry) -> None:
+        self._waiting.append(entry)
+        self._start()
+
+    async def _wait(self, entry: _Entry) -> None:
+        self._post(entry)
+        await entry.done.wait()
+        if entry.error is not None:
+            raise entry.error
+
+    async def flush(self) -> None:
+        """Wait until everything queued is durable and the shared store has all of it."""
+        if self._behind.dirty:
+            await self._wait(_Entry(shared=True))
+        await self._idle.wait()
+
+    # --- sealing many accounts at once (`machine.restore`)
+
+    def begin_seal(self) -> AccountCommit | None:
+        """Hold back commits, and answer the commit that seals this account.
+
+        `None`: it is sealed already, being written, or needs a read first (`ensure_sealed`).
+        """
+        if self.sealed or self._busy or self._push or self.stamp is None:
+            return None
+        self._busy = True
+        self._idle = trio.Event()
+        return AccountCommit(
+            grant=self._term.grant,
+            commit_id=self._make_commit_id(),
+            account=self.account,
+            version=Version(self._term.grant.epoch, self.version.revision),
+            stamp=self.stamp,
+        )
+
+    def end_seal(self, commit: AccountCommit, stamp: Stamp | None) -> bool:
+        """Take over the answer to `begin_seal`'s commit; false when it was refused."""
+        if stamp is not None:
+            self.stamp, self.version = stamp, commit.version
+        self._busy = False
+        self._idle.set()
+        if self._waiting:
+            self._start()
+        return stamp is not None
+
+    async def save_seal(self, commit: AccountCommit) -> None:
+        """Bring the disk copy up to a seal, so that the next restore need not fetch it."""
+        if self.version == commit.version and self._saved != commit.version:
+            await self._save_locally(commit)
+
+    def abandon_seal(self) -> None:
+        """Let commits go on: the seal has no answer, and the next commit finds out."""
+        self._busy = False
+        self._idle.set()
+        if self._waiting:
+            self._start()
+
+    async def ensure_sealed(self) -> None:
+        """Wait until this account is sealed, reading it again where that is needed.
+
+        Raises `AccountVanished`, `StoreAway`.
+        """
+        if not self.sealed:
+            await self._wait(_Entry(shared=True))
+
+    async def ensure_complete(self) -> None:
+        """Have every part in memory, reading the shared copy if they were not listed.
+
+        Raises `AccountVanished`, `StoreAway`.
+        """
+        if not self.complete:
+            await self._wait(_Entry(complete=True))
+
+    async def rotate(self) -> bool:
+        """Re-encrypt every part under the active key; false when they are already.
+
+        Raises `AuthUnreadable`, `AccountVanished`, `StoreAway`.
+        """
+        version = Version(self._term.grant.epoch, self.version.revision + 1)
+        if not self._ports.codec.rotate(self.account_id, self.parts, version):
+            return False
+        await self._wait(_Entry(rotate=True))
+        return True
+
+    async def clear_keys(self, **fields: Any) -> None:
+        """Forget every key, for a new pairing. The caller has archived them.
+
+        Raises `AccountVanished`, `StoreAway`.
+        """
+        await self.ensure_complete()
+        await self._wait(_Entry(fields=fields, clear=True))
+
+    # --- the one committer
+
+    def _start(self) -> None:
+        if not self._busy:
+            self._busy = True
+            self._idle = trio.Event()
+            self._term.spawn(self._commit_waiting)
+
+    async def _commit_waiting(self) -> None:
+        """Commit what waits until nothing does. The only place that writes after the seal."""
+        try:
+            while self._waiting:
+                batch = self._waiting[: self._limits.commit_messages_max]
+                del self._waiting[: len(batch)]
+                await self._commit_batch(batch)
+        finally:
+            self._busy = False
+            self._idle.set()
+
+    async def _commit_batch(self, batch: list[_Entry]) -> None:
+        """Commit `batch` whole; when one entry makes that impossible, that entry alone fails."""
+        try:
+            await self._commit(batch)
+        except MessageExists as exists:
+            taken = exists.message.message_id
+            rest: list[_Entry] = []
+            for entry in batch:
+                if entry.new_message is not None and entry.new_message.message_id == taken:
+                    entry.finish(exists)
+                else:
+                    rest.append(entry)
+            if len(rest) == len(batch):
+                _fail(batch, exists)
+            elif rest:
+                self._waiting[:0] = rest
+        except Exception as error:  # noqa: BLE001 - passed on, not swallowed
+            # Whoever waits for the change decides what it means; nothing was written.
+            _fail(batch, error)
+
+    async def _commit(self, batch: list[_Entry]) -> None:
+        local_first = self._durability is Durability.LOCAL and not any(
+            entry.shared or entry.new_message for entry in batch
+        )
+        needs_parts = any(entry.complete or entry.keys or entry.clear for entry in batch)
+        if (needs_parts and not self.complete) or (self.stamp is None and not local_first):
+            await self._readopt()
+        settled = self.sealed and not self._behind.dirty and not self._push
+        if settled and all(entry.empty for entry in batch):
+            for entry in batch:
+                entry.finish()
+            return
+        noted, self._noted = self._noted, {}
+        try:
+            commit = self._build(batch, noted)
+            if local_first:
+                await self._commit_locally(commit)
+            else:
+                await self._commit_shared(commit)
+        except BaseException:
+            self._noted = {**noted, **self._noted}
+            raise
+        for entry in batch:
+            entry.finish()
+        if not local_first and self.version != self._saved:
+            await self._save_locally(commit)
+
+    def _build(self, batch: list[_Entry], noted: Mapping[str, Any]) -> AccountCommit:
+        """One commit of everything in `batch`. Raises `AuthUnreadable`, `AuthTooLarge`."""
+        account = self.account
+        values: dict[KeyName, bytes | None] = {}
+        for entry in batch:
+            account = replace(account, **entry.fields)
+            if entry.keys is not None:
+                values.update(entry.keys.values)
+        rotated = any(entry.rotate for entry in batch)
+        changed = bool(values or noted or rotated) or any(e.fields or e.clear for e in batch)
+        version = Version(self._term.grant.epoch, self.version.revision + changed)
+        if changed:
+            account = replace(account, updated_at=self._ports.clocks.wall())
+        parts: dict[PartName, bytes | None] = {}
+        codec = self._ports.codec
+        if any(entry.clear for entry in batch):
+            parts = dict.fromkeys(self.parts)
+        if rotated:
+            parts.update(codec.rotate(self.account_id, self.parts, version))
+        if values:
+            present = {**self.parts, **{n: p for n, p in parts.items() if p is not None}}
+            parts.update(codec.change(self.account_id, present, KeyChange(values), version))
+        return AccountCommit(
+            grant=self._term.grant,
+            commit_id=self._make_commit_id(),
+            account=account,
+            version=version,
+            stamp=self.stamp or Stamp(""),
+            parts=parts,
+            new_messages=tuple(e.new_message for e in batch if e.new_message is not None),
+            messages=tuple(message for entry in batch for message in entry.messages),
+        )
+
+    async def _commit_shared(self, commit: AccountCommit) -> None:
+        """Write `commit` to the shared store, as often as it takes while the term lasts.
+
+        Raises `MessageExists`, `AccountVanished`, `StoreAway`; ends the term when fenced out.
+        """
+        for _ in range(READOPTIONS_MAX):
+            full = self._with_what_is_behind(commit)
+            try:
+                stamp = await self._send(full)
+            except StaleWrite as stale:
+                self._ports.journal.note(
+                    "commit.refused", account_id=self.account_id, reason=str(stale)
+                )
+                await self._readopt()
+                if self.version.revision >= commit.version.revision and commit.parts:
+                    # Built on parts that are not the stored ones: whoever asked must ask again.
+                    raise StoreAway(
+                        f"account {self.account_id} changed in the store; ask again",
+                        retry_after_s=1,
+                    ) from stale
+                continue
+            self._adopt(full, stamp)
+            self._behind = _Behind()
+            self._push = False
+            return
+        raise StoreAway(f"account {self.account_id} keeps changing in the store", retry_after_s=1)
+
+    def _with_what_is_behind(self, commit: AccountCommit) -> AccountCommit:
+        """`commit` as it goes to the shared store: with what only this disk had until now."""
+        assert self.stamp is not None
+        parts: dict[PartName, bytes | None] = {**self._behind.parts, **commit.parts}
+        if self._push:
+            parts = {**self.parts, **commit.parts}
+        messages = {**self._behind.messages, **{m.message_id: m for m in commit.messages}}
+        revision = max(commit.version.revision, self.version.revision)
+        return replace(
+            commit,
+            stamp=self.stamp,
+            version=Version(commit.version.epoch, revision),
+            parts=parts,
+            messages=tuple(messages.values()),
+        )
+
+    async def _send(self, commit: AccountCommit) -> Stamp:
+        async def once() -> Stamp:
+            # The last look before the effect; nothing is awaited between it and the call.
+            self._term.check()
+            return await self._ports.accounts.commit(commit)
+
+        def noted(tries: int, error: Exception, pause_s: float) -> None:
+            self._ports.journal.note(
+                "commit.retried",
+                account_id=self.account_id,
+                tries=tries,
+                error=describe_error(error),
+                retry_s=round(pause_s, 3),
+            )
+
+        return await retry(
+            once,
+            on=(StoreUnavailable,),
+            backoff=COMMIT_BACKOFF,
+            try_s=self._limits.store_try_s,
+            rng=self._ports.rng,
+            noted=noted,
+        )
+
+    async def _readopt(self) -> None:
+        """Read the shared copy again and go on from it. An older copy never replaces ours.
+
+        Raises `AccountVanished`; ends the term (and raises `NotActive`) when a higher epoch is
+        found.
+        """
+
+        async def once() -> AccountCopy | None:
+            self._term.check()
+            return await self._ports.accounts.fetch_account(self.account_id)
+
+        head = await retry(
+            once,
+            on=(StoreUnavailable,),
+            backoff=COMMIT_BACKOFF,
+            try_s=self._limits.store_try_s,
+            rng=self._ports.rng,
+        )
+        if head is None or head.removed:
+            raise AccountVanished(f"account {self.account_id} is not in the shared store any more")
+        if head.version.epoch > self._term.grant.epoch:
+            self._term.lose(
+                f"account {self.account_id} carries epoch {head.version.epoch}, "
+                f"ours is {self._term.grant.epoch}"
+            )
+            self._term.check()
+        self.stamp = head.stamp
+        if self._push and self.version > head.version:
+            return
+        if head.fault is not None:
+            raise AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
+        if head.version != self.version:
+            self._ports.journal.note("account.refused_seal", account_id=self.account_id)
+        if head.version >= self.version:
+            self.account, self.version, self.parts = head.account, head.version, dict(head.parts)
+            self.complete, self._push = True, False
+        elif not self.complete:
+            raise AccountVanished(
+                f"account {self.account_id}: the shared store went back from {self.version} to "
+                f"{head.version}"
+            )
+
+    def _adopt(self, commit: AccountCommit, stamp: Stamp | None) -> None:
+        self.account = replace(commit.account, **self._noted)
+        self.version = commit.version
+        if stamp is not None:
+            self.stamp = stamp
+        for name, part in commit.parts.items():
+            if part is None:
+                self.parts.pop(name, None)
+            else:
+                self.parts[name] = part
+
+    # --- this host's disk
+
+    async def _commit_locally(self, commit: AccountCommit) -> None:
+        """`Durability.LOCAL`: the disk has it, so it counts; the shared store follows."""
+        await self._ports.local.apply(commit)
+        self._adopt(commit, None)
+        self._behind.parts.update(commit.parts)
+        self._behind.messages.update({m.message_id: m for m in commit.messages})
+        self._behind.dirty = True
+        if not self._replicating:
+            self._replicating = True
+            self._term.spawn(self._replicate)
+
+    async def _replicate(self) -> None:
+        await trio.sleep(self._limits.replicate_within_s)
+        self._replicating = False
+        self._post(_Entry(shared=True))
+
+    async def _save_locally(self, commit: AccountCommit) -> None:
+        """Bring the disk copy along. It may fail: the shared store has everything."""
+        try:
+            with trio.fail_after(self._limits.store_try_s):
+                try:
+                    await self._ports.local.apply(commit)
+                except StaleWrite:
+                    if self.complete:
+                        await self._ports.local.save_account(self.copy())
+        except (StaleWrite, StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
+            if not self._disk_failed:
+                self._ports.journal.note(
+                    "disk.failed",
+                    what=f"account {self.account_id}",
+                    error=describe_error(error),
+                )
+            self._disk_failed = True
+        else:
+            self._disk_failed = False
+            self._saved = commit.version
+
+    def copy(self) -> AccountCopy:
+        """The account as it stands, for the disk."""
+        return AccountCopy(
+            account=self.account,
+            version=self.version,
+            parts=dict(self.parts),
+            complete=self.complete,
+            stamp=self.stamp,
+        )
+
+    def _make_commit_id(self) -> str:
+        return f"{self._term.grant.epoch}-{self._ports.rng.getrandbits(64):016x}"
+
+
+def _fail(batch: list[_Entry], error: Exception) -> None:
+    for entry in batch:
+        entry.finish(error)

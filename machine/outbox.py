@@ -1,0 +1,173 @@
+"""One account's messages: accepted, waiting, in flight, settled. What it holds is durable already.
+
+Lives here: order, limits, and who waits for what. Never lives here: a store (`machine.ledger`
+writes) or a connection (`machine.session` sends).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
+
+import trio
+
+from machine.records import PENDING_STATES, AccountId, Message, MessageId, MessageState
+from machine.refusals import IdempotencyKeyReused, OutboxFull
+
+_ORDER = {state: rank for rank, state in enumerate(MessageState)}
+
+
+def make_message_id(
+    account_id: AccountId, idempotency_key: str | None, rng: random.Random
+) -> MessageId:
+    """Make a message's id, once, before anything else is done with it.
+
+    With an idempotency key it follows from account and key, so every instance makes the same one.
+    The form is that of WhatsApp Web's own ids: `3EB0` and 18 hexadecimal digits.
+    """
+    if idempotency_key is None:
+        return MessageId(f"3EB0{rng.getrandbits(72):018X}")
+    digest = hashlib.sha256(f"{account_id}\0{idempotency_key}".encode()).hexdigest()
+    return MessageId(f"3EB0{digest[:18].upper()}")
+
+
+def same_message(message: Message, *, account_id: AccountId, to: str, text: str) -> bool:
+    """Whether a message says the same, to the same recipient."""
+    return (message.account_id, message.to, message.text) == (account_id, to, text)
+
+
+def moved(
+    message: Message,
+    state: MessageState,
+    *,
+    at: float,
+    epoch: int,
+    error: str | None = None,
+    attempts: int | None = None,
+) -> Message:
+    """The message in a later state; every state keeps the time when it was first reached."""
+    return replace(
+        message,
+        state=state,
+        updated_at=at,
+        epoch=epoch,
+        error=error,
+        attempts=message.attempts if attempts is None else attempts,
+        state_at={state: at, **message.state_at},
+    )
+
+
+def is_progress(old: MessageState, new: MessageState) -> bool:
+    """Whether `new` is further than `old`. `failed` and what the recipient did are final."""
+    return old is not MessageState.FAILED and _ORDER[new] > _ORDER[old]
+
+
+class AccountOutbox:
+    """The pending messages of one account in order, and the last settled ones.
+
+    Between calls: every pending message is in the shared store too; `pending` has at most
+    `pending_max` entries, counting the places reserved by `reserve`.
+    """
+
+    def __init__(self, account_id: AccountId, *, pending_max: int, settled_kept: int) -> None:
+        self.account_id = account_id
+        self._pending_max = pending_max
+        self._settled_kept = settled_kept
+        self._pending: OrderedDict[MessageId, Message] = OrderedDict()
+        self._settled: OrderedDict[MessageId, Message] = OrderedDict()
+        self._reserved = 0
+        self._changed: dict[MessageId, trio.Event] = {}
+        self._arrived = trio.Event()
+
+    @property
+    def depth(self) -> int:
+        """How many messages are pending, those being accepted right now included."""
+        return len(self._pending) + self._reserved
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is pending: what is accepted now can go out at once."""
+        return self.depth == 0
+
+    def find(self, message_id: MessageId) -> Message | None:
+        """A message that is still in memory."""
+        return self._pending.get(message_id) or self._settled.get(message_id)
+
+    def find_same(self, message_id: MessageId, *, to: str, text: str) -> Message | None:
+        """An earlier message with this id. Raises `IdempotencyKeyReused` when it says otherwise."""
+        known = self.find(message_id)
+        if known is not None:
+            require_same(known, account_id=self.account_id, to=to, text=text)
+        return known
+
+    def reserve(self) -> None:
+        """Keep a place for a message that is about to be written. Raises `OutboxFull`."""
+        if self.depth >= self._pending_max:
+            raise OutboxFull(
+                f"account {self.account_id} has {self.depth} messages waiting, which is the limit; "
+                "send again later, or see why the account is not connected",
+                retry_after_s=5,
+            )
+        self._reserved += 1
+
+    def unreserve(self) -> None:
+        """Give a place back: its message is in the outbox now, or was not written."""
+        self._reserved -= 1
+
+    def load(self, messages: Iterable[Message]) -> None:
+        """Take over the pending messages of earlier terms, before any that came in since."""
+        newer = self._pending
+        self._pending = OrderedDict()
+        for message in messages:
+            if message.message_id not in newer and message.message_id not in self._settled:
+                self._pending[message.message_id] = message
+        self._pending.update(newer)
+        self._arrived.set()
+
+    def put(self, message: Message) -> None:
+        """Note what the store now has of a message, and wake whoever waits for it."""
+        if message.state in PENDING_STATES:
+            self._pending[message.message_id] = message
+            self._arrived.set()
+        else:
+            self._pending.pop(message.message_id, None)
+            self._settled[message.message_id] = message
+            self._settled.move_to_end(message.message_id)
+            while len(self._settled) > self._settled_kept:
+                self._settled.popitem(last=False)
+        changed = self._changed.pop(message.message_id, None)
+        if changed is not None:
+            changed.set()
+
+    async def next_pending(self) -> Message:
+        """Wait for the oldest pending message. It stays in the outbox."""
+        while not self._pending:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        return next(iter(self._pending.values()))
+
+    async def wait_settled(self, message_id: MessageId) -> Message | None:
+        """Wait until a message is not pending any more; `None` when it is not in memory."""
+        while message_id in self._pending:
+            await self._changed.setdefault(message_id, trio.Event()).wait()
+        return self._settled.get(message_id)
+
+    def doubtful_recipients(self) -> frozenset[str]:
+        """Recipients that may have had a message which nobody recorded as sent."""
+        return frozenset(
+            message.to
+            for message in self._pending.values()
+            if message.state is MessageState.SENDING
+        )
+
+
+def require_same(message: Message, *, account_id: AccountId, to: str, text: str) -> None:
+    """Raise `IdempotencyKeyReused` unless an earlier message under this id says the same."""
+    if not same_message(message, account_id=account_id, to=to, text=text):
+        raise IdempotencyKeyReused(
+            f"this Idempotency-Key was used for another message ({message.message_id}); "
+            "use a new key for a new message"
+        )

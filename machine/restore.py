@@ -1,0 +1,647 @@
+"""Bringing every account back on entering ACTIVE: read both copies, choose, seal, open, report.
+
+The choice between two copies is a pure function, `reconcile`: the newest readable copy wins by
+number, nothing older ever replaces anything newer, and what cannot be read is kept and listed.
+
+Never lives here: how one account is opened (`machine.session`) or written (`machine.ledger`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Protocol
+
+import trio
+
+from machine.lease import describe_error
+from machine.ledger import AccountVanished, Ledger
+from machine.limits import Limits
+from machine.ports import (
+    AccountExists,
+    AuthTooLarge,
+    LegacyAccount,
+    LegacyFault,
+    Ports,
+    StaleWrite,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
+from machine.records import (
+    Account,
+    AccountCommit,
+    AccountCopy,
+    AccountId,
+    AccountStatus,
+    Grant,
+    KeyChange,
+    Listing,
+    Message,
+    Version,
+)
+from machine.refusals import StoreAway
+from machine.retry import Backoff, TryTimedOut, retry
+from machine.session import Outcome, Session, is_opened
+from machine.views import RestoreFailure, RestoreReport
+
+READ_BACKOFF = Backoff(first_s=0.2, factor=2.0, cap_s=5.0, jitter=0.5)
+SEAL_BATCH = 200
+SEALS_IN_FLIGHT = 4
+
+SHARED = "the shared store"
+DISK = "this disk"
+
+
+class Source(Enum):
+    """Where an account's bytes are taken from."""
+
+    SHARED = "the shared store"
+    DISK = "this disk"
+    EQUAL = "this disk (same version in the shared store)"
+    NEITHER = "neither copy"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What becomes of one account.
+
+    `copy` is the one to go on with; with `Source.NEITHER` its bytes are not used. `push`: it is
+    newer than the shared one and is written there first. `fault` says why an account is
+    quarantined; `removed` that it is gone, and its copy on disk is to be archived.
+    """
+
+    account_id: AccountId
+    source: Source
+    copy: AccountCopy
+    push: bool = False
+    fault: str | None = None
+    removed: bool = False
+
+
+def reconcile(shared: AccountCopy | None, local: AccountCopy | None) -> Choice:
+    """Choose between the copies of one account; at least one must be given.
+
+    The highest `(epoch, revision)` wins. An unreadable copy never loses to an older one: the
+    account is quarantined, because going on from older keys would destroy what is newer.
+    """
+    if local is None:
+        assert shared is not None
+        return _take(shared, Source.SHARED)
+    if shared is None:
+        return replace(_take(local, Source.DISK), push=local.fault is None)
+    if shared.version == local.version:
+        if local.fault is None and not shared.removed:
+            # Same version, same bytes: the ones that are here need not be fetched. The stamp is
+            # the shared store's: it is what the next commit must expect.
+            return Choice(
+                local.account.account_id,
+                Source.EQUAL,
+                replace(local, stamp=shared.stamp, commit_id=shared.commit_id),
+                push=shared.fault is not None,
+            )
+        return _take(shared, Source.SHARED)
+    if shared.version > local.version:
+        return _take(shared, Source.SHARED)
+    if local.fault is not None:
+        return _take(local, Source.DISK)
+    return Choice(
+        local.account.account_id,
+        Source.DISK,
+        replace(local, stamp=shared.stamp, commit_id=shared.commit_id),
+        push=True,
+    )
+
+
+def _take(copy: AccountCopy, source: Source) -> Choice:
+    account_id = copy.account.account_id
+    if copy.removed:
+        return Choice(account_id, source, copy, removed=True)
+    if copy.fault is not None:
+        return Choice(account_id, Source.NEITHER, copy, fault=copy.fault)
+    return Choice(account_id, source, copy)
+
+
+def reconcile_all(shared: Listing | None, local: Listing | None) -> list[Choice]:
+    """Choose for every account that either listing names.
+
+    With `shared` unreadable (`None`), or incomplete, an account that only the disk knows is not
+    pushed: nobody can say that the shared store has nothing newer. Its ledger reads that one
+    account first.
+    """
+    by_shared = {c.account.account_id: c for c in (shared.copies if shared else ())}
+    by_local = {c.account.account_id: c for c in (local.copies if local else ())}
+    certain = shared is not None and shared.complete
+    choices = []
+    for account_id in {**by_shared, **by_local}:
+        choice = reconcile(by_shared.get(account_id), by_local.get(account_id))
+        if account_id not in by_shared and not certain:
+            choice = replace(choice, push=False)
+        choices.append(choice)
+    return choices
+
+
+class RestoreTerm(Protocol):
+    """What the restore needs of its term."""
+
+    grant: Grant
+    sessions: dict[AccountId, Session]
+
+    def check(self) -> None: ...
+    def make_ledger(
+        self, copy: AccountCopy, *, push: bool = False, saved: bool = False
+    ) -> Ledger: ...
+    def make_session(self, account: Account, ledger: Ledger | None) -> Session: ...
+    def start_session(self, session: Session) -> None: ...
+    def spawn(self, work: Callable[[], Awaitable[None]]) -> None: ...
+    def lose(self, reason: str) -> None: ...
+    def known(self) -> None:
+        """Every account is in memory now: who is not, does not exist."""
+        ...
+
+
+class RestoreImpossible(Exception):
+    """Neither the shared store nor the disk could be read: let another instance try."""
+
+
+class Restore:
+    """One restore, from reading to report. `report` is true at every moment of it."""
+
+    def __init__(self, term: RestoreTerm, *, ports: Ports, limits: Limits) -> None:
+        self._term = term
+        self._ports = ports
+        self._limits = limits
+        self._started = trio.current_time()
+        self._failures: list[RestoreFailure] = []
+        self.report = RestoreReport(
+            epoch=term.grant.epoch, started_at=ports.clocks.wall(), durations={}
+        )
+
+    async def run(self) -> None:
+        """Restore every account; returns when the first pass over all of them is over.
+
+        Raises `RestoreImpossible`. Cancelled (lease lost, drain): the report says how far it came.
+        """
+        self._ports.journal.note("restore.started", epoch=self._term.grant.epoch)
+        shared, local = await self._read_both()
+        if shared is None and local is None:
+            raise RestoreImpossible("neither the shared store nor this disk could be read")
+        choices = self._choose(shared, local)
+        await self._check_epoch(choices)
+        quarantined = self._bring_to_memory(choices, local)
+        self._term.known()
+        await self._import_legacy(None)
+        self._tell_found(shared, local, choices, quarantined)
+        await self._seal_all()
+        await self._load_outbox()
+        await self._open_all()
+        self._finish()
+
+    # --- reading
+
+    async def _read_both(self) -> tuple[Listing | None, Listing | None]:
+        """Both listings, side by side; `None` for one that could not be read."""
+        found: dict[str, Listing | None] = {}
+
+        async def read(name: str, list_accounts: Callable[[], Awaitable[Listing]]) -> None:
+            found[name] = await self._read_one(name, list_accounts)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, SHARED, self._ports.accounts.list_accounts)
+            nursery.start_soon(read, DISK, self._ports.local.list_accounts)
+        shared, local = found[SHARED], found[DISK]
+        self._update(
+            found_shared=None if shared is None else len(shared.copies),
+            found_disk=None if local is None else len(local.copies),
+        )
+        return shared, local
+
+    async def _read_one(
+        self, name: str, list_accounts: Callable[[], Awaitable[Listing]]
+    ) -> Listing | None:
+        """One listing, tried again until `restore_give_up_s` is over."""
+        began = trio.current_time()
+        journal = self._ports.journal
+
+        def noted(tries: int, error: Exception, pause_s: float) -> None:
+            journal.note(
+                "restore.source_retried",
+                source=name,
+                tries=tries,
+                error=describe_error(error),
+                retry_s=round(pause_s, 3),
+            )
+
+        error: Exception = TryTimedOut(self._limits.restore_give_up_s)
+        advice = "check that it is reachable; accounts are read one by one as soon as it is"
+        with trio.move_on_after(self._limits.restore_give_up_s):
+            try:
+                listing = await retry(
+                    list_accounts,
+                    on=(StoreUnavailable,),
+                    backoff=READ_BACKOFF,
+                    try_s=self._limits.restore_try_s,
+                    rng=self._ports.rng,
+                    noted=noted,
+                )
+            except StoreMisconfigured as misconfigured:
+                error = misconfigured
+            else:
+                took_s = self._took(name, began)
+                journal.note(
+                    "restore.source_read",
+                    source=name,
+                    found=len(listing.copies),
+                    duration_s=took_s,
+                )
+                if listing.fault is not None:
+                    self._fail(None, f"{name}: {listing.fault}", "its bytes are kept")
+                return listing
+        self._took(name, began)
+        journal.note(
+            "restore.source_failed", source=name, error=describe_error(error), advice=advice
+        )
+        self._fail(None, f"{name} could not be read: {describe_error(error)}", advice)
+        return None
+
+    # --- choosing
+
+    def _choose(self, shared: Listing | None, local: Listing | None) -> list[Choice]:
+        began = trio.current_time()
+        choices = reconcile_all(self._checked(shared), self._checked(local))
+        self._took("reconcile", began)
+        return choices
+
+    def _checked(self, listing: Listing | None) -> Listing | None:
+        """The listing with a fault on every copy whose credentials do not open."""
+        if listing is None:
+            return None
+        codec = self._ports.codec
+        copies = tuple(
+            copy
+            if copy.fault is not None or copy.removed or not copy.parts
+            else replace(copy, fault=codec.check(copy.account.account_id, copy.parts))
+            for copy in listing.copies
+        )
+        return replace(listing, copies=copies)
+
+    async def _check_epoch(self, choices: Sequence[Choice]) -> None:
+        """End the term when an account was written under a higher epoch than ours.
+
+        The lease documents were then restored from an older backup. The next term starts above.
+        """
+        highest = max((choice.copy.version.epoch for choice in choices), default=0)
+        if highest <= self._term.grant.epoch:
+            return
+        self._ports.journal.note(
+            "epoch.fell", found=highest, where="the accounts", epoch=self._term.grant.epoch
+        )
+        with trio.move_on_after(self._limits.store_try_s):
+            await self._ports.local.raise_epoch(highest)
+        self._term.lose(f"accounts carry epoch {highest}, the lease only {self._term.grant.epoch}")
+        self._term.check()
+
+    def _bring_to_memory(self, choices: Sequence[Choice], local: Listing | None) -> int:
+        """Make a session for every account; how many are quarantined."""
+        saved = {c.account.account_id: c.version for c in (local.copies if local else ())}
+        quarantined = 0
+        for choice in choices:
+            copy = choice.copy
+            if choice.removed:
+                self._term.spawn(lambda copy=copy: self._archive(copy.account.account_id))  # type: ignore[misc]
+                continue
+            if choice.fault is not None:
+                quarantined += 1
+                self._quarantine(choice)
+                continue
+            ledger = self._term.make_ledger(
+                copy, push=choice.push, saved=saved.get(choice.account_id) == copy.version
+            )
+            session = self._term.make_session(copy.account, ledger)
+            if choice.push:
+                self._ports.journal.note(
+                    "account.pushed", account_id=choice.account_id, version=str(copy.version)
+                )
+            if is_opened(copy.account):
+                session.show(AccountStatus.RESTORING)
+            self._ports.journal.note(
+                "account.found",
+                account_id=choice.account_id,
+                name=copy.account.name,
+                status=copy.account.status,
+                source=choice.source.value,
+            )
+        return quarantined
+
+    def _quarantine(self, choice: Choice) -> None:
+        assert choice.fault is not None
+        advice = (
+            "nothing was changed; give the encryption key it was written with, or restore this "
+            "account from a backup, then reconnect it"
+        )
+        account = replace(
+            choice.copy.account, status=AccountStatus.QUARANTINED, last_error=choice.fault
+        )
+        self._term.make_session(account, None).quarantine(choice.fault, advice)
+        self._fail(choice.account_id, choice.fault, advice)
+
+    async def _archive(self, account_id: AccountId) -> None:
+        with trio.move_on_after(self._limits.store_try_s):
+            try:
+                await self._ports.local.remove_account(account_id, purge=False)
+            except (StoreUnavailable, StoreMisconfigured) as error:
+                self._ports.journal.note(
+                    "disk.failed", what=f"account {account_id}", error=describe_error(error)
+                )
+
+    # --- importing
+
+    async def _import_legacy(self, directory: str | None) -> tuple[list[AccountId], int]:
+        """Create an account for every legacy directory that has none yet."""
+        try:
+            with trio.fail_after(self._limits.restore_try_s):
+                found = await self._ports.legacy.scan(directory)
+        except (StoreUnavailable, trio.TooSlowError) as error:
+            self._fail(None, f"legacy sessions: {describe_error(error)}", "check the directory")
+            return [], 1
+        created: list[AccountId] = []
+        failed = 0
+        for item in found:
+            if item.account_id in self._term.sessions:
+                continue
+            if isinstance(item, LegacyFault):
+                failed += 1
+                self._ports.journal.note(
+                    "import.failed", directory=item.directory, cause=item.cause, advice=item.advice
+                )
+                self._fail(item.account_id, item.cause, item.advice)
+                now = self._ports.clocks.wall()
+                account = new_account(item.account_id, item.account_id, now)
+                account = replace(account, status=AccountStatus.QUARANTINED, last_error=item.cause)
+                self._term.make_session(account, None).quarantine(item.cause, item.advice)
+            elif await self._import_one(item):
+                created.append(item.account_id)
+            else:
+                failed += 1
+        return created, failed
+
+    async def _import_one(self, item: LegacyAccount) -> bool:
+        ports = self._ports
+        version = Version(self._term.grant.epoch, 1)
+        account = replace(
+            new_account(item.account_id, item.name, ports.clocks.wall()),
+            phone=item.phone,
+            status=AccountStatus.CONNECTING,
+        )
+        for cause, advice in item.notes:
+            ports.journal.note(
+                "import.noted", account_id=item.account_id, cause=cause, advice=advice
+            )
+        try:
+            changed = ports.codec.change(item.account_id, {}, KeyChange(item.keys), version)
+            parts = {name: part for name, part in changed.items() if part is not None}
+            with trio.fail_after(self._limits.store_try_s):
+                stamp = await ports.accounts.create_account(
+                    self._term.grant, account, version, parts
+                )
+        except (
+            AuthTooLarge,
+            AccountExists,
+            StaleWrite,
+            StoreUnavailable,
+            trio.TooSlowError,
+        ) as error:
+            self._fail(item.account_id, f"not imported: {describe_error(error)}", "try again")
+            return False
+        copy = AccountCopy(account, version, parts, complete=True, stamp=stamp)
+        ledger = self._term.make_ledger(copy)
+        self._term.make_session(account, ledger)
+        ports.journal.note("account.imported", account_id=item.account_id)
+        return True
+
+    async def import_directory(self, directory: str) -> dict[str, object]:
+        """Import a directory on request, and open what was imported."""
+        before = len(self._failures)
+        created, _ = await self._import_legacy(directory)
+        for account_id in created:
+            session = self._term.sessions[account_id]
+            session.outbox_loaded.set()
+            self._term.start_session(session)
+        return {
+            "imported": list(created),
+            "failed": [
+                {"accountId": f.account_id, "cause": f.cause, "advice": f.advice}
+                for f in self._failures[before:]
+            ],
+        }
+
+    # --- sealing, the outbox, opening
+
+    async def _seal_all(self) -> None:
+        """Write this epoch to every account, many in a commit, most recently used first.
+
+        What a batch cannot seal (a late write of the old holder, no answer) is sealed by its own
+        session before it is opened.
+        """
+        began = trio.current_time()
+        ledgers = [s.ledger for s in self._by_recency() if s.ledger is not None]
+        limiter = trio.Semaphore(SEALS_IN_FLIGHT)
+        async with trio.open_nursery() as nursery:
+            for start in range(0, len(ledgers), SEAL_BATCH):
+                await limiter.acquire()
+                nursery.start_soon(self._seal_batch, ledgers[start : start + SEAL_BATCH], limiter)
+        self._took("seal", began)
+
+    async def _seal_batch(self, ledgers: Sequence[Ledger], limiter: trio.Semaphore) -> None:
+        sealing: list[tuple[Ledger, AccountCommit]] = []
+        for ledger in ledgers:
+            commit = ledger.begin_seal()
+            if commit is not None:
+                sealing.append((ledger, commit))
+        done: list[tuple[Ledger, AccountCommit]] = []
+        try:
+            self._term.check()
+            with trio.fail_after(self._limits.restore_try_s):
+                stamps = await self._ports.accounts.seal([commit for _, commit in sealing])
+            for (ledger, commit), stamp in zip(sealing, stamps, strict=True):
+                if ledger.end_seal(commit, stamp):
+                    done.append((ledger, commit))
+        except (StoreUnavailable, trio.TooSlowError) as error:
+            for ledger, _ in sealing:
+                ledger.abandon_seal()
+            self._ports.journal.note(
+                "restore.source_retried",
+                source=SHARED,
+                tries=1,
+                error=f"sealing {len(sealing)} accounts: {describe_error(error)}",
+                retry_s=0,
+            )
+        finally:
+            limiter.release()
+        self._term.spawn(lambda: _save_seals(done))
+
+    async def _load_outbox(self) -> None:
+        """Hand every pending message to its account. Only after the seal: nothing can come late."""
+        ports = self._ports
+        unsealed = [s for s in self._term.sessions.values() if s.ledger and not s.ledger.sealed]
+        if unsealed:
+            # Their own outboxes are only certain once they are sealed themselves.
+            self._term.spawn(lambda: self._load_late(unsealed))
+        pending = await retry(
+            ports.outbox.list_pending,
+            on=(StoreUnavailable,),
+            backoff=READ_BACKOFF,
+            try_s=self._limits.restore_try_s,
+            rng=ports.rng,
+        )
+        if pending:
+            ports.journal.note("outbox.loaded", count=len(pending))
+        late = {session.account_id for session in unsealed}
+        _hand_out(pending, [s for s in self._term.sessions.values() if s.account_id not in late])
+
+    async def _load_late(self, sessions: Sequence[Session]) -> None:
+        """Load the outboxes of accounts that a batch could not seal, once they are sealed."""
+        ports = self._ports
+        for session in sessions:
+            assert session.ledger is not None
+            # What keeps one account from being sealed is told when its session opens it.
+            with suppress(AccountVanished, StoreAway):
+                await session.ledger.ensure_sealed()
+        pending = await retry(
+            ports.outbox.list_pending,
+            on=(StoreUnavailable,),
+            backoff=READ_BACKOFF,
+            try_s=self._limits.restore_try_s,
+            rng=ports.rng,
+        )
+        _hand_out(pending, sessions)
+
+    async def _open_all(self) -> None:
+        """Start every session that is to be open, and wait for the first answer of each."""
+        began = trio.current_time()
+        opened = [s for s in self._by_recency() if s.ledger and is_opened(s.account)]
+        listed = [s for s in self._term.sessions.values() if s.ledger and not is_opened(s.account)]
+        self._update(total=len(self._term.sessions), listed=len(listed))
+        for session in opened:
+            self._term.start_session(session)
+        async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.deadline = trio.current_time() + self._limits.restore_first_pass_s
+            for session in opened:
+                nursery.start_soon(self._await_first_pass, session, began)
+        for session in opened:
+            if not session.first_pass.is_set():
+                self._count_failed(session, "not connected yet", "it is tried again by itself")
+        self._took("open", began)
+
+    async def _await_first_pass(self, session: Session, began: float) -> None:
+        await session.first_pass.wait()
+        if session.outcome is Outcome.FAILED:
+            self._count_failed(session, session.cause, session.advice)
+            return
+        if session.outcome is Outcome.PAIRING:
+            self._update(pairing=self.report.pairing + 1)
+        else:
+            self._update(restored=self.report.restored + 1)
+        self._ports.journal.note(
+            "session.restored",
+            account_id=session.account_id,
+            status=session.status,
+            duration_s=round(trio.current_time() - began, 3),
+        )
+
+    def _count_failed(self, session: Session, cause: str, advice: str) -> None:
+        self._fail(session.account_id, cause, advice)
+        self._ports.journal.note(
+            "session.failed", account_id=session.account_id, cause=cause, advice=advice
+        )
+
+    def _by_recency(self) -> list[Session]:
+        """Sessions, most recently used first."""
+        return sorted(
+            self._term.sessions.values(),
+            key=lambda s: s.account.last_connected_at or s.account.created_at,
+            reverse=True,
+        )
+
+    # --- reporting
+
+    def _update(self, **fields: object) -> None:
+        self.report = replace(self.report, **fields)  # type: ignore[arg-type]
+
+    def _took(self, phase: str, began: float) -> float:
+        took_s = round(trio.current_time() - began, 3)
+        self._update(durations={**self.report.durations, phase: took_s})
+        return took_s
+
+    def _fail(self, account_id: AccountId | None, cause: str, advice: str) -> None:
+        self._failures.append(RestoreFailure(account_id, cause, advice))
+        self._update(failures=tuple(self._failures))
+
+    def _tell_found(
+        self,
+        shared: Listing | None,
+        local: Listing | None,
+        choices: Sequence[Choice],
+        quarantined: int,
+    ) -> None:
+        sessions = self._term.sessions.values()
+        to_open = sum(1 for s in sessions if s.ledger and is_opened(s.account))
+        self._update(total=len(sessions))
+        self._ports.journal.note(
+            "restore.found",
+            total=len(sessions),
+            shared="unreadable" if shared is None else len(shared.copies),
+            disk="unreadable" if local is None else len(local.copies),
+            to_open=to_open,
+            listed=len(sessions) - to_open - quarantined,
+            quarantined=quarantined,
+        )
+
+    def _finish(self) -> None:
+        report = self.report
+        self._update(finished_at=self._ports.clocks.wall())
+        self._ports.journal.note(
+            "restore.finished",
+            duration_s=round(trio.current_time() - self._started, 3),
+            restored=report.restored,
+            pairing=report.pairing,
+            listed=report.listed,
+            failed=len(self._failures),
+            total=report.total,
+        )
+
+
+def new_account(account_id: AccountId, name: str, now: float) -> Account:
+    """An account that has just been made: nothing is known of it yet."""
+    return Account(
+        account_id=account_id,
+        name=name,
+        status=AccountStatus.AWAITING_SCAN,
+        created_at=now,
+        updated_at=now,
+        since=now,
+    )
+
+
+def _hand_out(pending: Sequence[Message], sessions: Sequence[Session]) -> None:
+    """Give each account its pending messages, in order."""
+    by_account: dict[AccountId, list[Message]] = {}
+    for message in pending:
+        by_account.setdefault(message.account_id, []).append(message)
+    for session in sessions:
+        session.outbox.load(by_account.get(session.account_id, ()))
+        session.outbox_loaded.set()
+
+
+async def _save_seals(done: Sequence[tuple[Ledger, AccountCommit]]) -> None:
+    """Bring the disk copies up to their seals, a few at a time (the disk groups its commits)."""
+    limiter = trio.CapacityLimiter(32)
+
+    async def save(ledger: Ledger, commit: AccountCommit) -> None:
+        async with limiter:
+            await ledger.save_seal(commit)
+
+    async with trio.open_nursery() as nursery:
+        for ledger, commit in done:
+            nursery.start_soon(save, ledger, commit)

@@ -1,0 +1,639 @@
+"""One account: opening it, hearing from it, sending through it, and what a close means.
+
+A session exists in memory from the moment its account is known, open or not. It decides nothing
+about other accounts, and nothing about the lease: it asks its term before each effect.
+
+Never lives here: how bytes are stored (`machine.ledger`), who acts (`machine.lease`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import trio
+
+from machine.ledger import AccountVanished, Ledger, TermGuard
+from machine.limits import Limits
+from machine.outbox import AccountOutbox, is_progress, moved
+from machine.ports import (
+    AuthTooLarge,
+    AuthUnreadable,
+    Bridge,
+    Connected,
+    Connection,
+    ConnectionClosed,
+    ConnectorDown,
+    KeysChanged,
+    MessageProgressed,
+    PairingScanned,
+    Ports,
+    QrShown,
+    SendRefused,
+)
+from machine.records import (
+    RESTORED_STATUSES,
+    Account,
+    AccountId,
+    AccountStatus,
+    Message,
+    MessageState,
+)
+from machine.refusals import Refusal, StoreAway
+from machine.retry import Backoff
+from machine.views import AccountView, PairingCode, QrCode
+
+NO_RESPONSE = 408
+
+FIRST_PASS_TRIES = 3
+"""After this many tries without a connection the restore reports the account as failed."""
+
+
+class Step(Enum):
+    """What to do after a close."""
+
+    REOPEN = "at once, with the saved keys"
+    BACK_OFF = "again, later and later"
+    WAIT_TTL = "once more after a lease ttl; then never by itself"
+    VERIFY = "once more; then it is true"
+    WAIT_BAN = "when the ban is over"
+    STOP = "never by itself"
+
+
+@dataclass(frozen=True, slots=True)
+class Reaction:
+    """One row of the close-code table. `status` is the one shown when the step ends in a stop."""
+
+    step: Step
+    meaning: str
+    status: AccountStatus = AccountStatus.BACKING_OFF
+    advice: str = ""
+    lasting: bool = True
+    """Whether a stop holds for later terms too; if not, the next restore tries again."""
+
+
+BACK_OFF = Reaction(Step.BACK_OFF, "connection lost")
+
+REACTIONS: dict[int, Reaction] = {
+    515: Reaction(Step.REOPEN, "restart required"),
+    440: Reaction(
+        Step.WAIT_TTL,
+        "another client opened this device",
+        AccountStatus.QUARANTINED,
+        "find the other client (another backend with the same session files?), stop it, then "
+        "reconnect the account",
+    ),
+    401: Reaction(
+        Step.VERIFY,
+        "logged out or device removed",
+        AccountStatus.LOGGED_OUT,
+        "pair it again with repair; its state is kept",
+    ),
+    402: Reaction(Step.WAIT_BAN, "temporary ban"),
+    403: Reaction(
+        Step.STOP, "locked or banned", AccountStatus.BANNED, "its state is kept; ask WhatsApp"
+    ),
+    406: Reaction(Step.STOP, "banned", AccountStatus.BANNED, "its state is kept; ask WhatsApp"),
+    405: Reaction(
+        Step.STOP,
+        "client version refused",
+        AccountStatus.STOPPED,
+        "the connector is too old: upgrade Watchkeeper; the account's state is fine",
+        lasting=False,
+    ),
+    408: Reaction(Step.BACK_OFF, "no answer"),
+    411: Reaction(
+        Step.STOP,
+        "the phone is not multi-device",
+        AccountStatus.STOPPED,
+        "update WhatsApp on the phone, then repair",
+    ),
+    428: Reaction(Step.BACK_OFF, "connection closed by peer or network"),
+    500: Reaction(Step.BACK_OFF, "stream error"),
+    501: Reaction(Step.BACK_OFF, "service unavailable"),
+    503: Reaction(Step.BACK_OFF, "service unavailable"),
+}
+"""WHATSAPP.md §2: decided by code, never by text. An unknown code backs off."""
+
+PAIRING_OVER = Reaction(
+    Step.STOP,
+    "no phone scanned in time",
+    AccountStatus.STOPPED,
+    "ask for a new QR code with repair",
+)
+"""408 while pairing."""
+
+
+class Outcome(Enum):
+    """How the first pass ended for an account."""
+
+    CONNECTED = "connected"
+    PAIRING = "waits for a phone"
+    FAILED = "failed"
+
+
+class SessionTerm(TermGuard, Protocol):
+    """What a session needs of its term."""
+
+    settling: bool
+    opening: trio.Semaphore
+    lease_ttl_s: float
+
+    def connector_down(self, reason: str) -> None:
+        """The connector is dead beyond repair: the term must end."""
+        ...
+
+
+class Session:
+    """One account's live connection, or the place where one will be.
+
+    Between calls: `ledger` is `None` only for an account that cannot be read at all; `connection`
+    is set exactly while the account can send; `first_pass` is set once there is an `outcome`.
+    """
+
+    def __init__(
+        self,
+        account: Account,
+        ledger: Ledger | None,
+        *,
+        term: SessionTerm,
+        ports: Ports,
+        limits: Limits,
+    ) -> None:
+        self._account = account
+        self.ledger = ledger
+        self.outbox = AccountOutbox(
+            account.account_id,
+            pending_max=limits.outbox_per_account_max,
+            settled_kept=limits.outbox_settled_kept,
+        )
+        self.outbox_loaded = trio.Event()
+        self.connection: Connection | None = None
+        self.outcome: Outcome | None = None
+        self.first_pass = trio.Event()
+        self.cause = ""
+        self.advice = ""
+        self.sending = False
+        self.qr: QrCode | None = None
+        self._term = term
+        self._ports = ports
+        self._limits = limits
+        self._backoff = Backoff(
+            first_s=limits.reconnect_first_s, factor=2, cap_s=limits.reconnect_cap_s, jitter=0.5
+        )
+        self._running: trio.CancelScope | None = None
+        self._woken = trio.Event()
+        self._ended = trio.Event()
+        self._ended.set()
+        self._sent = trio.Event()
+        self._doubled_at: float | None = None
+        self._verified = False
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    # --- what it shows
+
+    @property
+    def account_id(self) -> AccountId:
+        """Whose session this is."""
+        return self.account.account_id
+
+    @property
+    def account(self) -> Account:
+        """The account's plain fields as they are now."""
+        return self._account if self.ledger is None else self.ledger.account
+
+    @property
+    def status(self) -> AccountStatus:
+        """The account's status as it is now."""
+        return self.account.status
+
+    def view(self) -> AccountView:
+        """What callers see."""
+        return AccountView(self.account, in_memory=True, queued=self.outbox.depth)
+
+    def show(self, status: AccountStatus, error: str | None = None) -> None:
+        """Change the status in memory; the store gets it with the next commit."""
+        if self.ledger is None or (self.status, self.account.last_error) == (status, error):
+            return
+        self.ledger.note(status=status, last_error=error, since=self._ports.clocks.wall())
+
+    # --- its task
+
+    @property
+    def running(self) -> bool:
+        """Whether the session's task runs: it is open, opening, or waiting to open."""
+        return self._running is not None
+
+    def start(self, bridge: Bridge, *, delay_s: float = 0.0) -> None:
+        """Keep the account open from now on, in the term's nursery. Nothing if it does already."""
+        if self._running is None and self.ledger is not None:
+            self._running = trio.CancelScope()
+            self._ended = trio.Event()
+            self._term.spawn(lambda: self._run(bridge, delay_s))
+
+    async def stop(self) -> None:
+        """Close the connection and wait until nothing of the session runs."""
+        if self._running is not None:
+            self._running.cancel()
+        await self._ended.wait()
+
+    async def wait_sent(self) -> None:
+        """Wait until no message is between the wire and its record."""
+        while self.sending:
+            self._sent = trio.Event()
+            await self._sent.wait()
+
+    def wake(self) -> None:
+        """Cut a waiting time short: try to connect now."""
+        self._woken.set()
+
+    async def _run(self, bridge: Bridge, delay_s: float) -> None:
+        assert self._running is not None
+        try:
+            with self._running:
+                await trio.sleep(delay_s)
+                await self._keep_open(bridge)
+        finally:
+            self._running = None
+            self.connection = None
+            self.qr = None
+            self._ended.set()
+
+    async def _keep_open(self, bridge: Bridge) -> None:
+        """Open the account again and again until its close code says to stop."""
+        tries = 0
+        while True:
+            was_connected, closed = await self._open_once(bridge)
+            tries = 1 if was_connected else tries + 1
+            wait_s = self._react(closed, tries, was_connected=was_connected)
+            if wait_s is None:
+                return
+            self._woken = trio.Event()
+            with trio.move_on_after(wait_s):
+                await self._woken.wait()
+
+    async def _open_once(self, bridge: Bridge) -> tuple[bool, ConnectionClosed]:
+        """One connection from opening to its end; whether it was connected, and how it closed."""
+        assert self.ledger is not None
+        slot = _Slot(self._term.opening)
+        self._connected_once = False
+        try:
+            # These wait for the store as long as the term lasts, each try under its own deadline.
+            await self.ledger.ensure_sealed()
+            await self.ledger.ensure_complete()
+            await self.outbox_loaded.wait()
+            keys = self.ledger.keys() if self.ledger.parts else None
+            if keys is not None:
+                await self._rotate()
+            await slot.take()
+            with trio.move_on_after(self._limits.open_try_s) as opening:
+                self.show(
+                    AccountStatus.CONNECTING if keys is not None else AccountStatus.AWAITING_SCAN
+                )
+                # The last look before the effect: an account is only opened under the lease.
+                self._term.check()
+                async with bridge.open_connection(
+                    self.account_id, keys, doubtful=self.outbox.doubtful_recipients()
+                ) as connection:
+                    return self._connected_once, await self._live(connection, opening, slot)
+        except ConnectionClosed as closed:
+            return self._connected_once, closed
+        except ConnectorDown as down:
+            self._term.connector_down(str(down))
+            return False, ConnectionClosed(503, str(down))
+        except (AuthUnreadable, AuthTooLarge, AccountVanished) as broken:
+            return self._connected_once, _Unusable(str(broken))
+        except StoreAway as away:
+            return self._connected_once, ConnectionClosed(503, str(away))
+        finally:
+            slot.give_back()
+            self.connection = None
+            self.qr = None
+        return False, ConnectionClosed(
+            NO_RESPONSE, f"not connected within {self._limits.open_try_s:g} s"
+        )
+
+    async def _live(
+        self, connection: Connection, opening: trio.CancelScope, slot: _Slot
+    ) -> ConnectionClosed:
+        """Hear events and deliver messages until the connection closes."""
+        ended: list[ConnectionClosed] = []
+        async with trio.open_nursery() as nursery:
+
+            def broke(closed: ConnectionClosed) -> None:
+                ended.append(closed)
+                nursery.cancel_scope.cancel()
+
+            def failed(error: Exception) -> None:
+                broke(ConnectionClosed(503, f"a change was not stored: {error}"))
+
+            while True:
+                try:
+                    event = await connection.next_event()
+                except ConnectionClosed as closed:
+                    broke(closed)
+                    break
+                match event:
+                    case Connected(phone):
+                        opening.deadline = float("inf")
+                        slot.give_back()
+                        self._connected(phone, failed)
+                        self.connection = connection
+                        nursery.start_soon(self._deliver, connection, broke)
+                    case QrShown(qr, expires_at):
+                        opening.deadline = float("inf")
+                        slot.give_back()
+                        self.connection = connection
+                        self.qr = QrCode(qr, expires_at)
+                        self.show(AccountStatus.QR_READY)
+                        self._settle_outcome(Outcome.PAIRING)
+                    case PairingScanned():
+                        self.qr = None
+                        self.show(AccountStatus.CONNECTING)
+                    case KeysChanged(change, stored):
+                        assert self.ledger is not None
+                        self.ledger.post(keys=change, applied=stored.set, failed=failed)
+                    case MessageProgressed():
+                        self._progressed(event)
+        return ended[0]
+
+    def _connected(self, phone: str, failed: Callable[[Exception], None]) -> None:
+        assert self.ledger is not None
+        now = self._ports.clocks.wall()
+        first_time = self.account.phone != phone or self.account.last_connected_at is None
+        self._connected_once = True
+        self._verified = False
+        self.show(AccountStatus.CONNECTED)
+        self.ledger.note(last_connected_at=now)
+        if first_time:
+            # A new pairing is told to the store at once: other instances list the account by it.
+            self.ledger.post(fields={"phone": phone}, failed=failed)
+        self._ports.journal.note("session.connected", account_id=self.account_id, phone=phone)
+        self._settle_outcome(Outcome.CONNECTED)
+
+    async def _rotate(self) -> None:
+        """Write the keys again when they are still under an older encryption key."""
+        assert self.ledger is not None
+        if await self.ledger.rotate():
+            self._ports.journal.note("account.rekeyed", account_id=self.account_id)
+
+    def _settle_outcome(self, outcome: Outcome, cause: str = "", advice: str = "") -> None:
+        self.cause, self.advice = cause, advice
+        if self.outcome is None or outcome is not Outcome.FAILED:
+            self.outcome = outcome
+        self.first_pass.set()
+
+    # --- closes
+
+    def _react(self, closed: ConnectionClosed, tries: int, *, was_connected: bool) -> float | None:
+        """Seconds until the next try, or `None` to stop; `REACTIONS` decides."""
+        assert self.ledger is not None
+        if isinstance(closed, _Unusable):
+            self.quarantine(closed.detail, "its bytes are kept; see the operating docs")
+            return None
+        reaction = REACTIONS.get(closed.code, BACK_OFF)
+        if closed.code == NO_RESPONSE and not self.ledger.parts:
+            reaction = PAIRING_OVER
+        wait_s = self._wait_of(reaction, closed, tries, was_connected=was_connected)
+        cause = f"{reaction.meaning} ({closed})"
+        if wait_s is None:
+            self._settle_outcome(Outcome.FAILED, cause, reaction.advice)
+            self.show(reaction.status, cause)
+            if reaction.lasting:
+                self.ledger.post(fields={"status": reaction.status, "last_error": cause})
+            self._ports.journal.note(
+                "session.stopped",
+                account_id=self.account_id,
+                status=reaction.status,
+                cause=cause,
+                advice=reaction.advice,
+            )
+            return None
+        if reaction.step is not Step.REOPEN:
+            if tries >= FIRST_PASS_TRIES:
+                self._settle_outcome(Outcome.FAILED, cause, "it is tried again by itself")
+            self.show(AccountStatus.BACKING_OFF, cause)
+        self._ports.journal.note(
+            "session.closed",
+            account_id=self.account_id,
+            code=closed.code,
+            meaning=reaction.meaning,
+            retry_s=round(wait_s, 2),
+        )
+        return wait_s
+
+    def _wait_of(
+        self, reaction: Reaction, closed: ConnectionClosed, tries: int, *, was_connected: bool
+    ) -> float | None:
+        match reaction.step:
+            case Step.REOPEN:
+                return 0.0 if tries <= 3 else self._backoff.wait_s(tries, self._ports.rng)
+            case Step.BACK_OFF:
+                return self._backoff.wait_s(tries, self._ports.rng)
+            case Step.WAIT_BAN:
+                return max(closed.expire_s or 0.0, self._limits.reconnect_cap_s)
+            case Step.WAIT_TTL:
+                return self._wait_after_doubling()
+            case Step.VERIFY:
+                if self._verified or was_connected:
+                    return None
+                self._verified = True
+                return self._limits.reconnect_first_s
+            case Step.STOP:
+                return None
+
+    def _wait_after_doubling(self) -> float | None:
+        """440: one more try after a lease ttl; a second 440 in that window is a stop."""
+        self._ports.journal.note(
+            "session.doubled", account_id=self.account_id, epoch=self._term.grant.epoch
+        )
+        now = trio.current_time()
+        window_s = 2 * self._term.lease_ttl_s
+        again = self._doubled_at is not None and now - self._doubled_at < window_s
+        self._doubled_at = now
+        return None if again else self._term.lease_ttl_s
+
+    def quarantine(self, cause: str, advice: str) -> None:
+        """Keep the account listed and its bytes untouched, and do not open it in this term."""
+        self.show(AccountStatus.QUARANTINED, cause)
+        self._settle_outcome(Outcome.FAILED, cause, advice)
+        self._ports.journal.note(
+            "session.quarantined", account_id=self.account_id, cause=cause, advice=advice
+        )
+
+    # --- messages
+
+    @property
+    def can_send_now(self) -> bool:
+        """A message accepted now goes out at once: its first stored state may be `sending`."""
+        return (
+            self.status is AccountStatus.CONNECTED
+            and self.outbox.idle
+            and self.outbox_loaded.is_set()
+            and not self._term.settling
+        )
+
+    async def _deliver(
+        self, connection: Connection, broke: Callable[[ConnectionClosed], None]
+    ) -> None:
+        """Send pending messages one after the other. The one delivery task of this account."""
+        while True:
+            message = await self.outbox.next_pending()
+            if self._term.settling:
+                await trio.sleep_forever()
+            self.sending = True
+            try:
+                await self._deliver_one(connection, message)
+            except ConnectionClosed as closed:
+                broke(closed)
+                return
+            except StoreAway as away:
+                broke(ConnectionClosed(503, str(away)))
+                return
+            except trio.TooSlowError:
+                broke(ConnectionClosed(NO_RESPONSE, "the server did not answer a message in time"))
+                return
+            except (AuthUnreadable, AuthTooLarge, AccountVanished) as broken:
+                broke(_Unusable(str(broken)))
+                return
+            finally:
+                self.sending = False
+                self._sent.set()
+
+    async def _deliver_one(self, connection: Connection, message: Message) -> None:
+        assert self.ledger is not None
+        if message.attempts >= self._limits.send_attempts_max:
+            await self._fail(message, f"gave up after {message.attempts} attempts")
+            return
+        if not await self._is_on_whatsapp(connection, message.to):
+            await self._fail(message, "not_on_whatsapp")
+            return
+        if message.attempts > 0:
+            self._ports.journal.note(
+                "message.retried",
+                account_id=self.account_id,
+                message_id=message.message_id,
+                cause=f"attempt {message.attempts + 1}",
+            )
+        message = self._moved(message, MessageState.SENDING, attempts=message.attempts + 1)
+        if not _marked(self.outbox, message):
+            await self.ledger.write(messages=(message,))
+        self.outbox.put(message)
+        # The last look before the effect; nothing is awaited between it and the send.
+        self._term.check()
+        try:
+            with trio.fail_after(self._limits.ack_s):
+                ack = await connection.send_text(message.message_id, message.to, message.text)
+        except SendRefused as refused:
+            await self._fail(message, f"refused_{refused.code}: {refused.detail}")
+            return
+        acked = self._moved(message, MessageState.SERVER_ACK)
+        # `applied` runs even when this task is cancelled meanwhile: the outbox stays true.
+        await self.ledger.write(
+            keys=ack.keys, messages=(acked,), applied=lambda: self.outbox.put(acked)
+        )
+        self._ports.journal.note(
+            "message.acked", account_id=self.account_id, message_id=message.message_id
+        )
+
+    async def _is_on_whatsapp(self, connection: Connection, to: str) -> bool:
+        if to not in self._known:
+            with trio.fail_after(self._limits.ack_s):
+                if not await connection.is_on_whatsapp(to):
+                    return False
+            self._known[to] = None
+            while len(self._known) > self._limits.recipients_known_max:
+                self._known.popitem(last=False)
+        return True
+
+    def _moved(
+        self,
+        message: Message,
+        state: MessageState,
+        *,
+        error: str | None = None,
+        attempts: int | None = None,
+    ) -> Message:
+        return moved(
+            message,
+            state,
+            at=self._ports.clocks.wall(),
+            epoch=self._term.grant.epoch,
+            error=error,
+            attempts=attempts,
+        )
+
+    async def _fail(self, message: Message, cause: str) -> None:
+        assert self.ledger is not None
+        failed = self._moved(message, MessageState.FAILED, error=cause)
+        await self.ledger.write(messages=(failed,), applied=lambda: self.outbox.put(failed))
+        self._ports.journal.note(
+            "message.failed",
+            account_id=self.account_id,
+            message_id=message.message_id,
+            cause=cause,
+        )
+
+    def _progressed(self, event: MessageProgressed) -> None:
+        """A receipt: store how far the message has come, unless it was further already."""
+        assert self.ledger is not None
+        known = self.outbox.find(event.message_id)
+        if known is None or not is_progress(known.state, event.state):
+            return
+        further = self._moved(known, event.state, error=event.error)
+        self.outbox.put(further)
+        self.ledger.post(messages=(further,))
+
+    async def pairing_code(self, phone: str) -> PairingCode | None:
+        """A code to type on the phone; `None` when the account is not pairing now."""
+        if self.connection is None or self.qr is None:
+            return None
+        code, expires_at = await self.connection.request_pairing_code(phone)
+        return PairingCode(code, expires_at)
+
+
+def _marked(outbox: AccountOutbox, message: Message) -> bool:
+    """Whether the store has this message as `sending` already."""
+    known = outbox.find(message.message_id)
+    return known is not None and known.state is MessageState.SENDING
+
+
+class _Unusable(ConnectionClosed):
+    """The account's own state is what keeps it from opening, not the connection."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(0, cause)
+
+
+class _Slot:
+    """A place among the accounts being opened at once, given back once."""
+
+    def __init__(self, opening: trio.Semaphore) -> None:
+        self._opening = opening
+        self._taken = False
+
+    async def take(self) -> None:
+        await self._opening.acquire()
+        self._taken = True
+
+    def give_back(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._opening.release()
+
+
+def is_opened(account: Account) -> bool:
+    """Whether an account in this status is opened when an instance becomes ACTIVE."""
+    return account.status in RESTORED_STATUSES
+
+
+def jitter_s(rng: random.Random, limits: Limits) -> float:
+    """A small pause before an account is opened, so that accounts do not come in one instant."""
+    return rng.uniform(0, limits.open_jitter_s)
+
+
+__all__ = ["REACTIONS", "Outcome", "Reaction", "Refusal", "Session", "Step", "is_opened"]
