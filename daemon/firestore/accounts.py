@@ -1,0 +1,425 @@
+"""The shared copy of every account on Firestore: read at one moment, written under a fence.
+
+Never lives here: what a packed part means, and which copy wins (`machine.restore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import trio
+
+from daemon.firestore.client import FirestoreClient
+from daemon.firestore.documents import (
+    DocumentName,
+    MalformedDocument,
+    bytes_of,
+    delete_write,
+    stamp_from,
+    stamp_of,
+    text_of,
+    update_write,
+)
+from daemon.firestore.errors import Refused
+from daemon.firestore.fencing import FencedWriter
+from daemon.firestore.layout import (
+    ACCOUNTS,
+    PARTS,
+    Layout,
+    account_values,
+    commit_id_of,
+    main_part,
+    message_write,
+    part_values,
+    read_account,
+    read_message,
+    read_parts,
+)
+from daemon.firestore.protos import Proto, RunQueryRequest, Write
+from machine.ports import (
+    AccountExists,
+    AccountStore,
+    MessageExists,
+    StaleWrite,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
+from machine.records import (
+    MAIN_PART,
+    Account,
+    AccountCommit,
+    AccountCopy,
+    AccountId,
+    Grant,
+    Listing,
+    PartName,
+    Stamp,
+    Version,
+)
+
+COMMIT_WRITES_MAX = 500
+"""Writes in one commit; the emulator and older databases refuse more."""
+
+COMMIT_BYTES_MAX = 9 * 1024 * 1024
+"""Of one commit; Firestore's limit is 10 MiB for the whole request
+(https://firebase.google.com/docs/firestore/quotas)."""
+
+SEAL_COMMITS_IN_FLIGHT_MAX = 4
+
+FETCH_TRIES_MAX = 3
+"""How often an account is read again because it was written between its document and its parts."""
+
+
+class FirestoreAccountStore(AccountStore):
+    """`AccountStore` on Firestore, on the data line."""
+
+    def __init__(self, client: FirestoreClient, group: str) -> None:
+        self._client = client
+        self._layout = Layout(client, group)
+        self._writer = FencedWriter(client, group)
+
+    # --- reading
+
+    async def list_accounts(self) -> Listing:
+        request = RunQueryRequest(parent=self._layout.parent)
+        request.structured_query.from_.add(collection_id=ACCOUNTS)
+        copies: list[AccountCopy] = []
+
+        def take(documents: list[Proto]) -> None:
+            copies.extend(map(read_account, documents))
+
+        await self._client.run_query(request, take)
+        return Listing(tuple(copies))
+
+    async def fetch_account(self, account_id: AccountId) -> AccountCopy | None:
+        # Every change of an account or its parts changes the account's stamp. So parts read
+        # between two sights of the same stamp are those of that stamp.
+        name = self._layout.account(account_id)
+        for _ in range(FETCH_TRIES_MAX):
+            document = await self._client.get(name)
+            if document is None:
+                return None
+            copy = read_account(document)
+            parts = await self._client.list_documents(name, PARTS)
+            after = await self._client.get(name, fields=("commitId",))
+            if after is not None and stamp_of(after) == copy.stamp:
+                return _with_parts(copy, parts)
+        raise StoreUnavailable(
+            f"account {account_id} is written faster than it can be read", code="aborted"
+        )
+
+    # --- writing one account
+
+    async def create_account(
+        self, grant: Grant, account: Account, version: Version, parts: Mapping[PartName, bytes]
+    ) -> Stamp:
+        name = self._layout.account(account.account_id)
+        commit_id = f"create-{grant.incarnation}-{version}"
+        values = account_values(account, version, commit_id, main_part(parts))
+        writes = [update_write(name, values, exists=False), *self._part_writes(name, parts)]
+        try:
+            response = await self._writer.commit(grant, writes)
+        except Refused as refused:
+            document = await self._client.get(name)
+            if document is None:
+                raise StoreUnavailable(str(refused), code=refused.code) from refused
+            copy = read_account(document)
+            if copy.commit_id == commit_id and copy.parts.get(MAIN_PART) == parts.get(MAIN_PART):
+                # An unanswered attempt of ours: packed parts are never the same by accident.
+                return stamp_of(document)
+            raise AccountExists(f"account {account.account_id} exists") from refused
+        return stamp_from(response.write_results[0].update_time)
+
+    async def commit(self, commit: AccountCommit) -> Stamp:
+        try:
+            response = await self._client.commit(self._writes_of(commit))
+        except Refused as refused:
+            return await self._after_refusal(commit, refused)
+        return stamp_from(response.write_results[0].update_time)
+
+    async def remove_account(
+        self, grant: Grant, account_id: AccountId, stamp: Stamp, *, purge: bool
+    ) -> None:
+        """Archive an account's bytes and take it off the list; with `purge` destroy them.
+
+        An account that is not there is removed already: an unanswered attempt may have done it.
+        Raises `StaleWrite`.
+        """
+        name = self._layout.account(account_id)
+        document = await self._client.get(name)
+        if document is None:
+            return
+        if stamp_of(document) != stamp:
+            raise StaleWrite(f"account {account_id} has changed since {stamp}")
+        parts = await self._client.list_documents(name, PARTS)
+        if not purge:
+            await self._archive(document, parts, {}, str(stamp), "removed", grant)
+        deletes = [
+            delete_write(name, stamp=stamp),
+            *(delete_write(DocumentName(part.name)) for part in parts),
+        ]
+        try:
+            await self._writer.commit(grant, deletes)
+        except Refused as refused:
+            raise StaleWrite(f"account {account_id} has changed since {stamp}") from refused
+
+    async def archive_parts(self, copy: AccountCopy, reason: str) -> None:
+        """Keep a copy's bytes aside, for `repair` and logouts, before they are replaced.
+
+        What the store itself has of the account is kept along with the copy's parts. Archiving
+        the same copy for the same reason again changes nothing.
+        """
+        name = self._layout.account(copy.account.account_id)
+        document = await self._client.get(name)
+        parts: list[Proto] = []
+        if document is None:
+            document = _plain_document(name, copy)
+        else:
+            parts = await self._client.list_documents(name, PARTS)
+        which = f"{copy.stamp or copy.version}-{reason}"
+        await self._archive(document, parts, copy.parts, which, reason, None)
+
+    # --- sealing many
+
+    async def seal(self, commits: Sequence[AccountCommit]) -> Sequence[Stamp | None]:
+        """Commit many accounts' plain fields and versions, in as few calls as the store allows.
+
+        One answer for each, in order: the new stamp, or `None` where the account was not as
+        expected (that one was not written).
+        Raises `StoreUnavailable` when that is not known for all of them. The same commits may
+        then be sealed again: what was applied is recognised.
+        """
+        answers: list[Stamp | None] = [None] * len(commits)
+        failures: list[Exception] = []
+        places = trio.Semaphore(SEAL_COMMITS_IN_FLIGHT_MAX)
+
+        async def seal_batch(batch: Sequence[_Item]) -> None:
+            try:
+                for index, stamp in await self._seal_batch(batch):
+                    answers[index] = stamp
+            except (StoreUnavailable, StoreMisconfigured) as error:
+                failures.append(error)
+            finally:
+                places.release()
+
+        async with trio.open_nursery() as nursery:
+            for batch in _batches_of(commits, self._writes_of):
+                # Also what keeps the encoding of 10,000 accounts from blocking the loop: each
+                # batch is made when there is a place for it.
+                await places.acquire()
+                nursery.start_soon(seal_batch, batch)
+        if failures:
+            raise failures[0]
+        return answers
+
+    async def _seal_batch(self, batch: Sequence[_Item]) -> list[tuple[int, Stamp | None]]:
+        """Commit `batch`; where it is refused, without those that are the reason."""
+        answers: list[tuple[int, Stamp | None]] = []
+        waiting: list[Sequence[_Item]] = [batch]
+        while waiting:
+            items = waiting.pop()
+            writes = [write for item in items for write in item.writes]
+            try:
+                response = await self._client.commit(writes)
+            except Refused:
+                answered, rest = await self._sort_out(items)
+                answers += answered
+                if len(rest) == len(items):
+                    # Every stamp is right, so a message was the reason. Halves find whose.
+                    if len(items) == 1:
+                        answers.append((items[0].index, None))
+                        continue
+                    waiting += [items[: len(items) // 2], items[len(items) // 2 :]]
+                elif rest:
+                    waiting.append(rest)
+                continue
+            position = 0
+            for item in items:
+                result = response.write_results[position]
+                answers.append((item.index, stamp_from(result.update_time)))
+                position += len(item.writes)
+        return answers
+
+    async def _sort_out(
+        self, items: Sequence[_Item]
+    ) -> tuple[list[tuple[int, Stamp | None]], list[_Item]]:
+        """Answers for those that are applied or stale, and the others, to be tried again."""
+        names = [self._layout.account(item.commit.account.account_id) for item in items]
+        found = await self._client.batch_get(names, fields=("commitId",))
+        present = {answer.found.name: answer.found for answer in found if answer.HasField("found")}
+        answers: list[tuple[int, Stamp | None]] = []
+        rest: list[_Item] = []
+        for item, name in zip(items, names, strict=True):
+            document = present.get(name)
+            if document is None:
+                answers.append((item.index, None))
+            elif commit_id_of(document) == item.commit.commit_id:
+                answers.append((item.index, stamp_of(document)))
+            elif stamp_of(document) != item.commit.stamp:
+                answers.append((item.index, None))
+            else:
+                rest.append(item)
+        return answers, rest
+
+    # --- writes
+
+    def _writes_of(self, commit: AccountCommit) -> list[Proto]:
+        """A commit's writes, the account's first: it carries the precondition."""
+        name = self._layout.account(commit.account.account_id)
+        values = account_values(
+            commit.account, commit.version, commit.commit_id, main_part(commit.parts)
+        )
+        writes = [
+            update_write(name, values, stamp=commit.stamp),
+            *self._part_writes(name, commit.parts),
+            *(message_write(self._layout, message, new=True) for message in commit.new_messages),
+            *(message_write(self._layout, message, new=False) for message in commit.messages),
+        ]
+        if len(writes) > COMMIT_WRITES_MAX:
+            raise ValueError(f"{len(writes)} writes in one commit; {COMMIT_WRITES_MAX} at most")
+        return writes
+
+    def _part_writes(
+        self, owner: DocumentName, parts: Mapping[PartName, bytes | None]
+    ) -> Iterator[Proto]:
+        for part, packed in parts.items():
+            if part == MAIN_PART:
+                continue
+            name = self._layout.part(owner, part)
+            if packed is None:
+                yield delete_write(name)
+            else:
+                yield update_write(name, part_values(part, packed))
+
+    async def _after_refusal(self, commit: AccountCommit, refused: Refused) -> Stamp:
+        """What a refused commit means: applied before, stale, or a message that exists."""
+        name = self._layout.account(commit.account.account_id)
+        document = await self._client.get(name, fields=("commitId",))
+        if document is None:
+            raise StaleWrite(f"account {commit.account.account_id} is gone") from refused
+        if commit_id_of(document) == commit.commit_id:
+            return stamp_of(document)
+        if stamp_of(document) != commit.stamp:
+            raise StaleWrite(
+                f"account {commit.account.account_id} has changed since {commit.stamp}"
+            ) from refused
+        for message in commit.new_messages:
+            there = await self._client.get(self._layout.message(message.message_id))
+            if there is not None:
+                try:
+                    raise MessageExists(read_message(there)) from refused
+                except MalformedDocument as error:
+                    raise StoreMisconfigured(
+                        f"message {message.message_id} is not of our format: {error}"
+                    ) from error
+        # Refused, and nothing to be seen any more of why.
+        raise StoreUnavailable(str(refused), code=refused.code) from refused
+
+    async def _archive(
+        self,
+        document: Proto,
+        parts: Iterable[Proto],
+        packed: Mapping[PartName, bytes],
+        which: str,
+        reason: str,
+        grant: Grant | None,
+    ) -> None:
+        """Copy an account's document and parts, as they are, below `archive/`; `packed` wins."""
+        account_id = AccountId(text_of(document.name))
+        target = self._layout.archived(account_id, which)
+        main = Write()
+        main.update.name = target
+        for key, value in document.fields.items():
+            main.update.fields[key].CopyFrom(value)
+        values = {"accountId": str(account_id), "archivedFor": reason}
+        extra = update_write(target, values).update
+        for key, value in extra.fields.items():
+            main.update.fields[key].CopyFrom(value)
+        if MAIN_PART in packed:
+            main.update.fields["packed"].bytes_value = packed[MAIN_PART]
+        stamped = main.update_transforms.add(field_path="archivedAt")
+        stamped.set_to_server_value = type(stamped).REQUEST_TIME
+        writes = [main]
+        for part in parts:
+            if PartName(text_of(part.name)) not in packed:
+                write = Write()
+                write.update.name = self._layout.part(target, PartName(text_of(part.name)))
+                for key, value in part.fields.items():
+                    write.update.fields[key].CopyFrom(value)
+                writes.append(write)
+        writes += self._part_writes(target, packed)
+        for chunk in _chunks(writes):
+            if grant is None:
+                await self._client.commit(chunk)
+            else:
+                await self._writer.commit(grant, chunk)
+
+
+class _Item:
+    """One commit of a seal: its place in the answer, and its writes."""
+
+    __slots__ = ("commit", "index", "writes")
+
+    def __init__(self, index: int, commit: AccountCommit, writes: list[Proto]) -> None:
+        self.index = index
+        self.commit = commit
+        self.writes = writes
+
+
+def _batches_of(
+    commits: Sequence[AccountCommit], writes_of: Callable[[AccountCommit], list[Proto]]
+) -> Iterator[list[_Item]]:
+    """Cut commits into batches that one call may hold; none is cut in two."""
+    batch: list[_Item] = []
+    writes_count = bytes_count = 0
+    for index, commit in enumerate(commits):
+        writes = writes_of(commit)
+        size = bytes_of(writes)
+        full = writes_count + len(writes) > COMMIT_WRITES_MAX
+        if batch and (full or bytes_count + size > COMMIT_BYTES_MAX):
+            yield batch
+            batch, writes_count, bytes_count = [], 0, 0
+        batch.append(_Item(index, commit, writes))
+        writes_count += len(writes)
+        bytes_count += size
+    if batch:
+        yield batch
+
+
+def _chunks(writes: Sequence[Proto]) -> Iterator[list[Proto]]:
+    """Cut independent writes into commits, with room for a verify write in each."""
+    chunk: list[Proto] = []
+    bytes_count = 0
+    for write in writes:
+        size = bytes_of([write])
+        if chunk and (len(chunk) >= COMMIT_WRITES_MAX - 1 or bytes_count + size > COMMIT_BYTES_MAX):
+            yield chunk
+            chunk, bytes_count = [], 0
+        chunk.append(write)
+        bytes_count += size
+    if chunk:
+        yield chunk
+
+
+def _with_parts(copy: AccountCopy, documents: Sequence[Proto]) -> AccountCopy:
+    fault = copy.fault
+    parts: dict[PartName, bytes] = {}
+    try:
+        parts = read_parts(documents)
+    except MalformedDocument as error:
+        fault = fault or str(error)
+    return AccountCopy(
+        account=copy.account,
+        version=copy.version,
+        parts={**parts, **copy.parts},
+        complete=fault is None,
+        stamp=copy.stamp,
+        commit_id=copy.commit_id,
+        fault=fault,
+    )
+
+
+def _plain_document(name: DocumentName, copy: AccountCopy) -> Proto:
+    """An account document made of a copy that the store does not have."""
+    values = account_values(copy.account, copy.version, copy.commit_id, None)
+    return update_write(name, values).update

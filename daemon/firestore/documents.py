@@ -1,0 +1,272 @@
+"""Names, values and stamps of Firestore documents, to and from Python. Pure: nothing waits.
+
+Never lives here: what the fields of a lease, an account or a message mean.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NewType
+from urllib.parse import quote, unquote
+
+from daemon.firestore.protos import Proto, Write
+from machine.records import Stamp
+
+DocumentName = NewType("DocumentName", str)
+"""The full name, `projects/…/databases/…/documents/…`."""
+
+PACKED_BYTES_MAX = 1_000_000
+"""A blob in one document. Firestore's limit is 1 MiB for a document with its name and all fields
+(https://firebase.google.com/docs/firestore/quotas); the rest is left for the plain fields."""
+
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+class MalformedDocument(Exception):
+    """A document is not of the shape that we write. The message names the field, never a value."""
+
+
+class Moment(float):
+    """Seconds since 1970 that are kept as a Firestore timestamp: exact to the microsecond."""
+
+    __slots__ = ()
+
+
+FieldValue = (
+    None
+    | bool
+    | int
+    | float
+    | str
+    | bytes
+    | Moment
+    | Sequence["FieldValue"]
+    | Mapping[str, "FieldValue"]
+)
+
+
+def check_group(group: str) -> str:
+    """Return `group` if it can be part of a document's name; raises `ValueError`."""
+    if _GROUP.fullmatch(group) is None:
+        raise ValueError(f"group {group!r} may hold only letters, digits, '_', '-' and '.'")
+    return group
+
+
+def document_id(text: str) -> str:
+    """Make any text a valid document id, reversibly (`text_of`). Raises `ValueError` when empty.
+
+    Firestore refuses `/`, `.`, `..` and `__…__` as ids, and more than 1,500 bytes.
+    """
+    if not text:
+        raise ValueError("an empty id cannot name a document")
+    encoded = quote(text, safe="@+:")
+    if encoded in {".", ".."}:
+        encoded = encoded.replace(".", "%2E")
+    if encoded.startswith("__"):
+        encoded = "%5F" + encoded[1:]
+    return encoded
+
+
+def text_of(name: str) -> str:
+    """Read back what `document_id` made the last segment of a document's name from."""
+    return unquote(name.rsplit("/", 1)[-1])
+
+
+def stamp_of(document: Proto) -> Stamp:
+    """Read a document's version: its `update_time`."""
+    return stamp_from(document.update_time)
+
+
+def stamp_from(update_time: Proto) -> Stamp:
+    """Make a stamp of a protobuf timestamp: seconds and nanoseconds since 1970."""
+    return Stamp(f"{update_time.seconds}.{update_time.nanos:09d}")
+
+
+def set_stamp(target: Proto, stamp: Stamp) -> None:
+    """Write `stamp` into a protobuf timestamp, as it was. Raises `ValueError` if not ours."""
+    seconds, dot, nanos = stamp.partition(".")
+    if not dot or len(nanos) != 9:
+        raise ValueError(f"{stamp!r} is not a stamp of this store")
+    target.seconds, target.nanos = int(seconds), int(nanos)
+
+
+def seconds_between(earlier: Proto, later: Proto) -> float:
+    """The seconds from one protobuf timestamp to another; exact, not through a float of 1970."""
+    seconds: int = later.seconds - earlier.seconds
+    nanos: int = later.nanos - earlier.nanos
+    return seconds + nanos / 1e9
+
+
+def encode(target: Proto, value: FieldValue) -> None:
+    """Put a Python value into a Firestore `Value`."""
+    match value:
+        case None:
+            target.null_value = 0
+        case bool():
+            target.boolean_value = value
+        case int():
+            target.integer_value = value
+        case Moment():
+            if not math.isfinite(value):
+                raise ValueError("a moment must be finite")
+            micros = round(value * 1_000_000)
+            target.timestamp_value.seconds = micros // 1_000_000
+            target.timestamp_value.nanos = micros % 1_000_000 * 1000
+        case float():
+            target.double_value = value
+        case str():
+            target.string_value = value
+        case bytes():
+            target.bytes_value = value
+        case Mapping():
+            target.map_value.SetInParent()
+            for key, item in value.items():
+                encode(target.map_value.fields[key], item)
+        case _:
+            target.array_value.SetInParent()
+            for item in value:
+                encode(target.array_value.values.add(), item)
+
+
+def decode(value: Proto) -> FieldValue:
+    """Read a Firestore `Value`. Kinds that we never write (a place, a reference) become `None`."""
+    kind = value.WhichOneof("value_type")
+    match kind:
+        case "timestamp_value":
+            moment = value.timestamp_value
+            return Moment((moment.seconds * 1_000_000 + moment.nanos // 1000) / 1_000_000)
+        case "map_value":
+            return {key: decode(item) for key, item in value.map_value.fields.items()}
+        case "array_value":
+            return [decode(item) for item in value.array_value.values]
+        case "string_value" | "bytes_value" | "integer_value" | "double_value" | "boolean_value":
+            plain: FieldValue = getattr(value, kind)
+            return plain
+        case _:
+            return None
+
+
+class Fields:
+    """The decoded fields of one document, read with their expected kinds.
+
+    Every reader raises `MalformedDocument` when the field is missing or of another kind.
+    """
+
+    def __init__(self, document: Proto) -> None:
+        self._values = {key: decode(value) for key, value in document.fields.items()}
+
+    @classmethod
+    def of_map(cls, value: FieldValue) -> Fields:
+        """Read a map inside a document the same way."""
+        if not isinstance(value, Mapping):
+            raise MalformedDocument("an entry is not a map")
+        fields = cls.__new__(cls)
+        fields._values = dict(value)
+        return fields
+
+    def raw(self, key: str) -> FieldValue:
+        """Whatever is there, `None` if nothing is."""
+        return self._values.get(key)
+
+    def text(self, key: str) -> str:
+        value = self._values.get(key)
+        if not isinstance(value, str):
+            raise MalformedDocument(f"field {key!r} is not a text")
+        return value
+
+    def text_or_none(self, key: str) -> str | None:
+        return None if self._values.get(key) is None else self.text(key)
+
+    def integer(self, key: str) -> int:
+        value = self._values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise MalformedDocument(f"field {key!r} is not an integer")
+        return value
+
+    def integer_or_none(self, key: str) -> int | None:
+        return None if self._values.get(key) is None else self.integer(key)
+
+    def flag(self, key: str) -> bool:
+        value = self._values.get(key)
+        if not isinstance(value, bool):
+            raise MalformedDocument(f"field {key!r} is not true or false")
+        return value
+
+    def moment(self, key: str) -> float:
+        value = self._values.get(key)
+        if not isinstance(value, Moment):
+            raise MalformedDocument(f"field {key!r} is not a timestamp")
+        return float(value)
+
+    def moment_or_none(self, key: str) -> float | None:
+        return None if self._values.get(key) is None else self.moment(key)
+
+    def blob_or_none(self, key: str) -> bytes | None:
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, bytes):
+            raise MalformedDocument(f"field {key!r} is not bytes")
+        return value
+
+    def items(self, key: str) -> Sequence[FieldValue]:
+        value = self._values.get(key)
+        if not isinstance(value, list):
+            raise MalformedDocument(f"field {key!r} is not a list")
+        return value
+
+    def moments(self, key: str) -> dict[str, float]:
+        value = self._values.get(key)
+        if not isinstance(value, Mapping):
+            raise MalformedDocument(f"field {key!r} is not a map")
+        inner = Fields.of_map(value)
+        return {name: inner.moment(name) for name in value}
+
+
+def update_write(
+    name: DocumentName,
+    values: Mapping[str, FieldValue],
+    *,
+    stamp: Stamp | None = None,
+    exists: bool | None = None,
+) -> Proto:
+    """A write of exactly the fields in `values`: what else the document holds survives.
+
+    With `stamp` or `exists` it is refused, with the whole commit, unless the document is so.
+    """
+    write = Write()
+    write.update.name = name
+    for key, value in values.items():
+        encode(write.update.fields[key], value)
+    write.update_mask.field_paths.extend(values)
+    _set_precondition(write, stamp, exists)
+    return write
+
+
+def verify_write(name: DocumentName, stamp: Stamp) -> Proto:
+    """A write that changes nothing and is refused unless the document is at `stamp`."""
+    write = Write()
+    write.update.name = name
+    write.update_mask.SetInParent()
+    _set_precondition(write, stamp, None)
+    return write
+
+
+def delete_write(name: DocumentName, *, stamp: Stamp | None = None) -> Proto:
+    """A delete; with `stamp` it is refused unless the document is there, at that stamp."""
+    write = Write()
+    write.delete = name
+    _set_precondition(write, stamp, None)
+    return write
+
+
+def bytes_of(writes: Iterable[Proto]) -> int:
+    """How much of a commit's size limit these writes take."""
+    return sum(write.ByteSize() + 8 for write in writes)
+
+
+def _set_precondition(write: Proto, stamp: Stamp | None, exists: bool | None) -> None:
+    if stamp is not None:
+        set_stamp(write.current_document.update_time, stamp)
+    elif exists is not None:
+        write.current_document.exists = exists
