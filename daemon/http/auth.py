@@ -1,0 +1,82 @@
+"""Who may ask: the bearer token, compared in constant time.
+
+Never lives here: a token in clear. Only digests are kept, and no message repeats what was sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
+
+from daemon.http.errors import ApiError, ErrorCode
+
+OPEN_PATHS = frozenset(
+    {
+        "/livez",
+        "/readyz",
+        "/startupz",
+        "/active",
+        "/passive",
+        "/openapi.json",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+    }
+)
+"""Answered without a token: health, and the documentation of the API, which holds no data."""
+
+AUTHORIZATION_BYTES_MAX = 4096
+"""A longer header is refused unread; no token of ours comes near it."""
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Guard:
+    """Holds the digests of the accepted tokens."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._digests = tuple(_digest(value.encode()) for value in tokens)
+
+    def check(self, path: str, headers: Headers, query: bytes) -> None:
+        """Let a request pass, or raise `ApiError(UNAUTHORIZED)`."""
+        if path in OPEN_PATHS:
+            return
+        if _has_token_in_query(query):
+            raise ApiError(
+                ErrorCode.UNAUTHORIZED,
+                "A token in the address ends up in logs: send `Authorization: Bearer …` instead, "
+                "and replace that token if it was a real one.",
+            )
+        sent = [value for name, value in headers if name == b"authorization"]
+        if not sent:
+            raise ApiError(
+                ErrorCode.UNAUTHORIZED, "No token: send the header `Authorization: Bearer …`."
+            )
+        if len(sent) > 1 or not self._accepts(sent[0]):
+            raise ApiError(
+                ErrorCode.UNAUTHORIZED,
+                "The token is not accepted: compare it with the instance's token file.",
+            )
+
+    def _accepts(self, header: bytes) -> bool:
+        if len(header) > AUTHORIZATION_BYTES_MAX:
+            return False
+        scheme, _, secret = header.partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        sent = _digest(secret.strip())
+        # Every digest is compared, so that the time does not tell which one came close.
+        matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
+        return any(matches)
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.sha256(value).digest()
+
+
+def _has_token_in_query(query: bytes) -> bool:
+    if not query:
+        return False
+    names = (part.partition(b"=")[0].lower() for part in query.split(b"&"))
+    return any(name in {b"token", b"access_token"} for name in names)
