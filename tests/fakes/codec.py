@@ -30,6 +30,8 @@ class FakeCodec:
     def __init__(self, *, part_bytes_max: int = 900_000) -> None:
         self.unreadable: set[AccountId] = set()
         self.part_bytes_max = part_bytes_max
+        self.rotating = False
+        """Whether every state is to be written again."""
 
     def check(self, account_id: AccountId, parts: Mapping[PartName, bytes]) -> str | None:
         try:
@@ -81,6 +83,16 @@ class FakeCodec:
         creds = {name: data for name, data in keys.items() if _part_of(name) == MAIN_PART}
         packed[MAIN_PART] = self._close(account_id, version, creds, listed)
         return packed
+
+    def rotate(
+        self, account_id: AccountId, parts: Mapping[PartName, bytes], version: Version
+    ) -> dict[PartName, bytes]:
+        keys = self.unpack(account_id, parts)
+        if not self.rotating:
+            return {}
+        change = KeyChange(dict(keys))
+        packed = self.change(account_id, {}, change, version)
+        return {name: data for name, data in packed.items() if data is not None}
 
     def _close(
         self,

@@ -108,6 +108,7 @@ class _StoredAccount:
     stamp: Stamp
     commit_id: str = ""
     fault: str | None = None
+    removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +271,7 @@ class FakeSharedState:
             complete=len(parts) == len(stored.parts),
             stamp=stored.stamp,
             commit_id=stored.commit_id,
+            removed=stored.removed,
         )
 
     def list_accounts(self) -> Listing:
@@ -283,7 +285,8 @@ class FakeSharedState:
         self, grant: Grant, account: Account, version: Version, parts: Mapping[PartName, bytes]
     ) -> Stamp:
         self.verify_grant(grant)
-        if account.account_id in self.accounts:
+        stored = self.accounts.get(account.account_id)
+        if stored is not None and not stored.removed:
             raise AccountExists(account.account_id)
         stamp = self.stamp()
         self.accounts[account.account_id] = _StoredAccount(account, version, dict(parts), stamp)
@@ -291,7 +294,7 @@ class FakeSharedState:
 
     def commit(self, commit: AccountCommit) -> Stamp:
         stored = self.accounts.get(commit.account.account_id)
-        if stored is None:
+        if stored is None or stored.removed:
             raise StaleWrite("the account is not there")
         if stored.commit_id == commit.commit_id:
             return stored.stamp
@@ -324,13 +327,16 @@ class FakeSharedState:
         self, grant: Grant, account_id: AccountId, stamp: Stamp, *, purge: bool
     ) -> None:
         stored = self.accounts.get(account_id)
-        if stored is None or stored.stamp != stamp or stored.version.epoch > grant.epoch:
+        if stored is None or stored.removed or stored.stamp != stamp:
             raise StaleWrite("the account is not as expected")
-        del self.accounts[account_id]
         if purge:
             self.archive = [one for one in self.archive if one.account_id != account_id]
         else:
             self.archive.append(Archived(account_id, stored.parts, "removed"))
+        mark = Version(grant.epoch, stored.version.revision + 1)
+        self.accounts[account_id] = _StoredAccount(
+            stored.account, mark, {}, self.stamp(), removed=True
+        )
 
     def list_pending(self) -> list[Message]:
         pending = [one for one in self.messages.values() if one.state in PENDING_STATES]

@@ -1,0 +1,132 @@
+"""One store each to hold to the contract, with what a test must be able to do to it.
+
+The Firestore world is imported only when asked for, since most runs have no emulator.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from daemon.sqlite.local import open_local
+from daemon.sqlite.shared import open_sqlite_shared
+from machine.ports import AccountStore, LeaseStore, LocalStore, OutboxStore
+from machine.records import AccountId
+from tests.fakes import FakeLocalStore, FakeSharedState, FakeSharedStore, applied_then_failing
+
+Document = Literal["lease", "fence"]
+
+FIRESTORE = pytest.param("firestore", marks=pytest.mark.emulator)
+SHARED_ADAPTERS = ["fake", "sqlite", FIRESTORE]
+NETWORKED_ADAPTERS = ["fake", FIRESTORE]
+"""Those between which and us an answer can be lost."""
+
+
+@dataclass(frozen=True)
+class SharedWorld:
+    """A shared store and the powers over it that no port has.
+
+    `age_lease(by_s)` lets the lease become that much older. `lost_replies()` is a block in which
+    what is written is applied and its answer lost; `None` where no network is between.
+    """
+
+    lease: LeaseStore
+    accounts: AccountStore
+    outbox: OutboxStore
+    age_lease: Callable[[float], Awaitable[None]]
+    delete_document: Callable[[Document], Awaitable[None]]
+    damage_account: Callable[[AccountId], Awaitable[None]]
+    lost_replies: Callable[[], AbstractAsyncContextManager[None]] | None = None
+
+
+def open_shared_world(
+    adapter: str, directory: Path, host: str | None
+) -> AbstractAsyncContextManager[SharedWorld]:
+    """A world with an empty store, behind `adapter`."""
+    if adapter == "fake":
+        return _open_fake()
+    if adapter == "sqlite":
+        return _open_sqlite(directory / "shared.db")
+    module = import_module("tests.contracts.firestore_world")
+    world: AbstractAsyncContextManager[SharedWorld] = module.open_firestore_world(host)
+    return world
+
+
+@asynccontextmanager
+async def _open_fake() -> AsyncIterator[SharedWorld]:
+    state = FakeSharedState()
+    store = FakeSharedStore(state)
+
+    async def age_lease(by_s: float) -> None:
+        state.age_lease(by_s)
+
+    async def delete_document(which: Document) -> None:
+        setattr(state, which, None)
+
+    async def damage_account(account_id: AccountId) -> None:
+        state.damage_account(account_id)
+
+    @asynccontextmanager
+    async def lost_replies() -> AsyncIterator[None]:
+        calm = store.weather
+        store.weather = lambda _operation: applied_then_failing()
+        yield
+        store.weather = calm
+
+    yield SharedWorld(store, store, store, age_lease, delete_document, damage_account, lost_replies)
+
+
+@asynccontextmanager
+async def _open_sqlite(path: Path) -> AsyncIterator[SharedWorld]:
+    now_s = 1000.0
+
+    async def age_lease(by_s: float) -> None:
+        nonlocal now_s
+        now_s += by_s
+
+    async def execute(statement: str) -> None:
+        connection = sqlite3.connect(path)
+        with connection:
+            connection.execute(statement)
+        connection.close()
+
+    async def delete_document(which: Document) -> None:
+        await execute(f"DELETE FROM {which}")
+
+    async def damage_account(account_id: AccountId) -> None:
+        await execute(f"UPDATE accounts SET status = '?' WHERE account_id = '{account_id}'")
+
+    async with open_sqlite_shared(path, boottime=lambda: now_s, boot_id="boot") as store:
+        yield SharedWorld(store, store, store, age_lease, delete_document, damage_account)
+
+
+@dataclass(frozen=True)
+class LocalWorld:
+    """A local store, and how it looks after the instance has been started again."""
+
+    open: Callable[[], AbstractAsyncContextManager[LocalStore]]
+    damage_account: Callable[[AccountId], None]
+
+
+def local_world(adapter: str, directory: Path) -> LocalWorld:
+    """A world with an empty disk, behind `adapter`."""
+    if adapter == "fake":
+        store = FakeLocalStore()
+        return LocalWorld(lambda: nullcontext(store), store.damage_account)
+
+    def damage_account(account_id: AccountId) -> None:
+        connection = sqlite3.connect(directory / "local.db")
+        with connection:
+            connection.execute(
+                "UPDATE accounts SET copy = x'c1' WHERE account_id = ?", (account_id,)
+            )
+        connection.close()
+
+    return LocalWorld(lambda: open_local(directory), damage_account)
