@@ -1,0 +1,62 @@
+# Every target works on a fresh clone: what it needs is set up first, into .venv.
+.DEFAULT_GOAL := help
+PORT ?= 8080
+STANDBY_PORT ?= 8081
+ARGS ?=
+BIN := .venv/bin
+RUN := .venv/run.stamp
+DEV := .venv/dev.stamp
+
+help: ## show what can be made here
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(DEV) ## set up .venv with everything that running and testing needs
+
+run: $(RUN) ## start one instance on 127.0.0.1:8080 (SQLite, loopback WhatsApp); PORT=… for another
+	@exec deploy/dev/run.sh a $(PORT)
+
+run-standby: $(RUN) ## start a second instance that stands by, on port 8081; STANDBY_PORT=…
+	@exec deploy/dev/run.sh b $(STANDBY_PORT)
+
+test: $(DEV) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
+	@$(BIN)/pytest -m "not long" $(ARGS)
+
+test-long: $(DEV) ## run the longer suites that `make test` leaves out
+	@$(BIN)/pytest -m long $(ARGS)
+
+system-test: $(DEV) ## run the tests that start real processes, the long ones too
+	@$(BIN)/pytest -m system $(ARGS)
+
+check: $(DEV) ## format, lint, types, layers, generated docs: everything but the tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layers.py tests/test_house.py
+	$(BIN)/python -m daemon.generate_docs --check
+
+format: $(DEV) ## format the code and mend what the linter can mend
+	@$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
+
+bench: $(DEV) ## measure, and print the figures as a table and as JSON; ARGS=--quick
+	@$(BIN)/python -m bench $(ARGS)
+
+docs: $(DEV) ## generate the pages in docs/ that are made from the code
+	@$(BIN)/python -m daemon.generate_docs
+
+lock: $(DEV) ## bring the lock files up to date with pyproject.toml; ARGS=--upgrade for newer versions
+	@BIN=$(BIN) deploy/dev/lock.sh $(ARGS)
+
+ci: ## run what CI runs, as CI runs it
+	@.ci/run
+
+clean: ## remove what was set up, built or cached; the accounts of `make run` in .run/ stay
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN): requirements.lock pyproject.toml deploy/dev/setup.sh
+	@deploy/dev/setup.sh requirements.lock && touch $(RUN)
+
+$(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.sh
+	@deploy/dev/setup.sh requirements-dev.lock && touch $(RUN) $(DEV)
+
+.PHONY: help setup run run-standby test test-long system-test check format bench docs lock ci clean
