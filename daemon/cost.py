@@ -15,7 +15,7 @@ DAYS = 30
 
 PRICE_SOURCE = (
     "list prices of the nam5 multi-region in US dollars, cloud.google.com/firestore/pricing, "
-    "as known in 2026-11; most single regions cost about half"
+    "as last compared in 2026-11; most single regions cost about half"
 )
 READS_PRICE = 0.06 / 100_000
 WRITES_PRICE = 0.18 / 100_000

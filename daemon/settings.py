@@ -275,7 +275,7 @@ class Settings(BaseSettings):
     # --- handing over ---
     handoff_wait_s: float = Field(
         10.0,
-        ge=0,
+        ge=2,
         le=120,
         description="Seconds a request waits for a new holder, then 503 `no_active_instance`.",
     )
