@@ -11,6 +11,7 @@ help: ## show what can be made here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(DEV) ## set up .venv with everything that running and testing needs
+	@echo "Ready: .venv, with the watchkeeper command in .venv/bin."
 
 run: $(RUN) ## start one instance on 127.0.0.1:8080 (SQLite, loopback WhatsApp); PORT=… for another
 	@exec deploy/dev/run.sh a $(PORT)

@@ -31,5 +31,6 @@ fi
 echo "Installing $lock into .venv …"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/python -m pip install --quiet --require-hashes -r "$lock"
-# The locked setuptools builds it: nothing is fetched that the lock file does not name.
-.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+# The locked setuptools builds it: nothing is fetched that the lock file does not name. Twice quiet:
+# it warns of what is meant, an editable install from here.
+.venv/bin/python -m pip install -qq --no-deps --no-build-isolation --editable .
