@@ -14,6 +14,7 @@ import os
 import secrets
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 
 BUSY_S = 1.0
@@ -23,6 +24,9 @@ PAGES_MAX = 524_288
 """2 GiB at SQLite's 4 KiB pages. Beyond it the server answers 503."""
 
 FORMAT = 1
+
+UNNAMED = ".new"
+STARTING_S = 60.0
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -48,7 +52,7 @@ CREATE INDEX mail_bridge ON mail (bridge_id, seq);
 CREATE TABLE message (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, account_id TEXT NOT NULL, recipient TEXT NOT NULL,
     message_id TEXT NOT NULL, text TEXT NOT NULL, at REAL NOT NULL, readable INTEGER NOT NULL,
-    duplicate INTEGER NOT NULL, shown INTEGER NOT NULL);
+    duplicate INTEGER NOT NULL);
 CREATE INDEX message_name ON message (account_id, recipient, message_id, readable);
 CREATE TABLE ratchet (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, device_id TEXT NOT NULL, contact TEXT NOT NULL,
@@ -133,7 +137,7 @@ class Presence:
         self._path = _sign(directory, self.bridge_id)
         self._path.parent.mkdir(mode=0o700, exist_ok=True)
         # Named only once the flock is held, or another would take it for a dead bridge's.
-        unnamed = self._path.with_suffix(".new")
+        unnamed = self._path.with_suffix(UNNAMED)
         self._fd = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         unnamed.rename(self._path)
@@ -161,6 +165,15 @@ def is_alive(directory: Path, bridge_id: str) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def sweep_signs(directory: Path) -> None:
+    """Remove the signs of bridges whose processes were killed."""
+    with suppress(FileNotFoundError):
+        for path in (directory / "bridges").iterdir():
+            # One that has no flock yet may be a bridge that is just starting.
+            if path.suffix != UNNAMED or time.time() - path.stat().st_mtime > STARTING_S:
+                is_alive(directory, path.name)
 
 
 def _sign(directory: Path, bridge_id: str) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Path, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from daemon.loopback.behaviour import (
@@ -82,7 +82,9 @@ class ArrivedMessage(LoopbackModel):
     readable: bool | None = Field(
         default=None, description="False: the sender's ratchet was rolled back."
     )
-    duplicate: bool | None = Field(default=None, description="This message id had arrived before.")
+    duplicate: bool | None = Field(
+        default=None, description="This message id had been read before."
+    )
 
 
 class MessagesAnswer(LoopbackModel):
@@ -140,8 +142,13 @@ class BehaviourModel(LoopbackModel):
     receipt_delay_s: DelayS = 0
     not_on_whatsapp: list[Phone] = Field(default=[], max_length=NUMBERS_MAX)
 
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> BehaviourModel:
+        self.behaviour()
+        return self
+
     def behaviour(self) -> Behaviour:
-        """The same, as the world knows it."""
+        """The same, as the world knows it. Raises `ValueError`."""
         fields = self.model_dump(exclude={"account_id", "not_on_whatsapp"})
         return Behaviour(**fields, not_on_whatsapp=frozenset(self.not_on_whatsapp))
 

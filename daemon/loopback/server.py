@@ -7,13 +7,14 @@ Never lives here: threads, tasks and waiting (`connector`, `world`), and the fil
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from daemon.loopback.behaviour import Behaviour, dump_behaviour, load_behaviour
-from daemon.loopback.database import is_alive, open_database
+from daemon.loopback.database import is_alive, open_database, sweep_signs
 from daemon.loopback.device import Device, Session, phone_of
 from machine.ports import ConnectionClosed, SendRefused
 from machine.records import AccountId, MessageId
@@ -96,7 +97,7 @@ class Arrival:
     readable: bool
     """False: encrypted at a ratchet position that was used before, the recipient sees no text."""
     duplicate: bool
-    """The recipient had an earlier arrival of this message id, readable or not."""
+    """The recipient had read this message id before, and shows nothing new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +125,16 @@ class LoopbackServer:
     For one thread at a time.
     """
 
-    def __init__(self, directory: Path, wall: Callable[[], float]) -> None:
+    def __init__(
+        self, directory: Path, wall: Callable[[], float], *, messages_max: int = MESSAGES_MAX
+    ) -> None:
         self._directory = directory
         self._wall = wall
+        self._limits = {
+            "message": messages_max,
+            "ratchet": RATCHETS_MAX,
+            "eviction": EVICTIONS_MAX,
+        }
         self._database = open_database(directory)
         self._behaviours: dict[str, Behaviour] = {}
         self._behaviours_seen = -1
@@ -163,11 +171,10 @@ class LoopbackServer:
 
     def _prune(self) -> None:
         """Drop the oldest rows of what has grown in this transaction."""
-        limits = {"message": MESSAGES_MAX, "ratchet": RATCHETS_MAX, "eviction": EVICTIONS_MAX}
         for table in self._grown:
             self._database.execute(
                 f"DELETE FROM {table} WHERE seq <= (SELECT max(seq) FROM {table}) - ?",  # noqa: S608 (our own names)
-                (limits[table],),
+                (self._limits[table],),
             )
         self._grown.clear()
 
@@ -340,6 +347,7 @@ class LoopbackServer:
 
     def sweep(self) -> None:
         """Forget what belongs to bridges that are gone."""
+        sweep_signs(self._directory)
         for table in ("login", "pairing", "mail"):
             rows = self._database.execute(f"SELECT DISTINCT bridge_id FROM {table}").fetchall()  # noqa: S608 (our own names)
             for (bridge_id,) in rows:
@@ -399,8 +407,8 @@ class LoopbackServer:
             "SELECT (SELECT connection_id FROM login WHERE device_id = ?1),"
             " (SELECT position FROM ratchet"
             "  WHERE device_id = ?1 AND contact = ?2 AND session_id = ?3),"
-            " (SELECT max(readable) FROM message"
-            "  WHERE account_id = ?4 AND recipient = ?2 AND message_id = ?5)",
+            " EXISTS (SELECT 1 FROM message WHERE account_id = ?4 AND recipient = ?2"
+            "  AND message_id = ?5 AND readable)",
             (
                 device_id,
                 envelope.to,
@@ -409,19 +417,18 @@ class LoopbackServer:
                 envelope.message_id,
             ),
         ).fetchone()
-        current, position, earlier = found
+        current, position, duplicate = found
         self._require_same(place, current)
         told = self.behaviour(place.account_id)
         self._require_acceptable(place, envelope, told)
         readable = position is None or envelope.session.position >= position
         if readable:
             self._advance_ratchet(device_id, envelope, is_new=position is None)
-        shown = readable and not earlier
         self._grown.add("message")
         self._database.execute(
             "INSERT INTO message"
-            " (account_id, recipient, message_id, text, at, readable, duplicate, shown)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            " (account_id, recipient, message_id, text, at, readable, duplicate)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 place.account_id,
                 envelope.to,
@@ -429,8 +436,7 @@ class LoopbackServer:
                 envelope.text,
                 self._wall(),
                 readable,
-                earlier is not None,
-                shown,
+                duplicate,
             ),
         )
         if told.ack_lost and told.ack_times is not None:
@@ -479,7 +485,8 @@ class LoopbackServer:
         """What the recipients see, in order of arrival; with `raw` everything that arrived."""
         rows = self._database.execute(
             "SELECT seq, account_id, recipient, message_id, text, at, readable, duplicate"
-            " FROM message WHERE seq > ?1 AND (?2 IS NULL OR account_id = ?2) AND (?3 OR shown)"
+            " FROM message WHERE seq > ?1 AND (?2 IS NULL OR account_id = ?2)"
+            " AND (?3 OR readable AND NOT duplicate)"
             " ORDER BY seq LIMIT ?4",
             (after, account_id, raw, limit + 1),
         )
@@ -559,6 +566,17 @@ class Mailbox:
 
     def close(self) -> None:
         self._database.close()
+
+    def wait_for_mail(self, stopping: threading.Event, every_s: float) -> tuple[Mail, ...]:
+        """Block until mail comes, or until `stopping` is set: then there is none.
+
+        Raises `sqlite3.Error`.
+        """
+        while not stopping.wait(every_s):
+            mails = self.collect()
+            if mails:
+                return mails
+        return ()
 
     def collect(self) -> tuple[Mail, ...]:
         """The mail that came since the last call. Raises `sqlite3.Error`."""

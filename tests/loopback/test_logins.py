@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from daemon.loopback import LoopbackConnector, LoopbackTiming, LoopbackWorld
+from machine.ports import ConnectionClosed
+from tests.loopback.conftest import QUICK
+from tests.loopback.steps import (
+    ANNA,
+    BERT,
+    TO,
+    Keys,
+    expect_closed,
+    logged_in,
+    message_id,
+    pair,
+)
+
+LINE_BYTES_MAX = 4096
+
+
+async def test_a_second_login_evicts_the_first_with_440(
+    connector: LoopbackConnector, world: LoopbackWorld, directory: Path
+) -> None:
+    other = LoopbackConnector(directory, timing=QUICK)
+    async with connector.open_bridge() as first, other.open_bridge() as second:
+        keys = await pair(first, world)
+        async with logged_in(first, keys) as old, logged_in(second, keys) as new:
+            with trio.fail_after(1):
+                assert (await expect_closed(old)).code == 440
+            await new.send_text(message_id(1), TO, "from the new one")
+    count, evictions = await world.list_evictions()
+    assert count == 1
+    assert [each.account_id for each in evictions] == [ANNA]
+
+
+async def test_an_evicted_connection_cannot_send_even_before_it_hears_of_it(
+    directory: Path, world: LoopbackWorld
+) -> None:
+    deaf = LoopbackConnector(directory, timing=LoopbackTiming(watch_every_s=60))
+    async with deaf.open_bridge() as first, deaf.open_bridge() as second:
+        keys = await pair_by_another(directory, world)
+        async with logged_in(first, keys) as old, logged_in(second, keys):
+            with pytest.raises(ConnectionClosed) as closed:
+                await old.send_text(message_id(1), TO, "too late")
+            assert closed.value.code == 440
+            assert (await expect_closed(old)).code == 440
+    assert (await world.list_messages(raw=True)).arrivals == ()
+
+
+async def pair_by_another(directory: Path, world: LoopbackWorld) -> Keys:
+    async with LoopbackConnector(directory, timing=QUICK).open_bridge() as bridge:
+        return await pair(bridge, world)
+
+
+async def test_a_second_login_in_the_same_bridge_evicts_too(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        async with logged_in(bridge, keys) as old, logged_in(bridge, keys):
+            assert (await expect_closed(old)).code == 440
+    assert (await world.list_evictions())[0] == 1
+
+
+async def test_a_connection_that_was_closed_evicts_nobody(
+    connector: LoopbackConnector, world: LoopbackWorld, directory: Path
+) -> None:
+    other = LoopbackConnector(directory, timing=QUICK)
+    async with connector.open_bridge() as first, other.open_bridge() as second:
+        keys = await pair(first, world)
+        for bridge in (first, second) * 5:
+            async with logged_in(bridge, keys):
+                pass
+    assert (await world.list_evictions())[0] == 0
+
+
+async def test_a_cancelled_bridge_leaves_nobody_logged_in(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+    with trio.CancelScope() as scope:
+        async with connector.open_bridge() as bridge, logged_in(bridge, keys) as connection:
+            assert await world.list_connected() == (ANNA,)
+            scope.cancel()
+            await connection.next_event()
+    assert scope.cancelled_caught
+    assert await world.list_connected() == ()
+    async with connector.open_bridge() as bridge, logged_in(bridge, keys):
+        assert (await world.list_evictions())[0] == 0
+
+
+async def test_an_error_in_a_bridges_block_reaches_the_caller_as_it_is(
+    connector: LoopbackConnector,
+) -> None:
+    with pytest.raises(LookupError, match="mine"):
+        async with connector.open_bridge():
+            raise LookupError("mine")
+
+
+async def test_a_removed_device_ends_with_401_and_stays_out(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        async with logged_in(bridge, keys) as connection:
+            assert await world.unlink(ANNA) == 1
+            assert (await expect_closed(connection)).code == 401
+        with pytest.raises(ConnectionClosed, match="401"):
+            async with bridge.open_connection(ANNA, keys):
+                pytest.fail("logged in")
+
+
+async def test_logging_out_removes_the_device(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        async with logged_in(bridge, keys) as connection:
+            await connection.log_out()
+            for call in (connection.log_out, connection.next_event):
+                with pytest.raises(ConnectionClosed, match="401"):
+                    await call()
+        with pytest.raises(ConnectionClosed, match="401"):
+            async with bridge.open_connection(ANNA, keys):
+                pytest.fail("logged in")
+
+
+async def test_a_cut_ends_one_accounts_connection_and_it_may_come_back(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        others = await pair(bridge, world, BERT)
+        async with logged_in(bridge, others, BERT) as spared:
+            async with logged_in(bridge, keys) as connection:
+                assert await world.cut(ANNA) == 1
+                assert (await expect_closed(connection)).code == 428
+            async with logged_in(bridge, keys) as connection:
+                assert await world.cut(ANNA, 402, expire_s=60.0) == 1
+                closed = await expect_closed(connection)
+                assert (closed.code, closed.expire_s) == (402, 60.0)
+                assert await world.cut(ANNA) == 0
+            await spared.send_text(message_id(1), TO, "still here")
+            assert await world.cut(None) == 1
+    with pytest.raises(ValueError, match="code must be one of"):
+        await world.cut(ANNA, 999)
+    assert (await world.list_evictions())[0] == 0
+
+
+# --- with a second process -------------------------------------------------------------------
+
+
+async def read_line(process: trio.Process) -> str:
+    assert process.stdout is not None
+    line = b""
+    with trio.fail_after(20):
+        while not line.endswith(b"\n"):
+            more = await process.stdout.receive_some(LINE_BYTES_MAX)
+            assert more, f"the other process ended after {line!r}"
+            line += more
+    return line.decode().strip()
+
+
+@asynccontextmanager
+async def other_process(directory: Path, keys: Keys) -> AsyncIterator[trio.Process]:
+    """Another process in which the account is connected."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "tests.loopback.other_process", str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdin is not None
+        told = {name: value.decode() for name, value in keys.items()}
+        await process.stdin.send_all(json.dumps(told).encode() + b"\n")
+        assert await read_line(process) == "connected"
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            await pipe.aclose()
+
+
+async def test_another_process_is_evicted_and_a_killed_one_is_not(
+    connector: LoopbackConnector, world: LoopbackWorld, directory: Path
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        async with other_process(directory, keys) as other:
+            assert await world.list_connected() == (ANNA,)
+            async with logged_in(bridge, keys):
+                assert await read_line(other) == "closed with 440"
+        assert (await world.list_evictions())[0] == 1
+
+        async with other_process(directory, keys) as killed:
+            killed.send_signal(signal.SIGKILL)
+            await killed.wait()
+            assert await world.list_connected() == ()
+            async with logged_in(bridge, keys):
+                pass
+        assert (await world.list_evictions())[0] == 1
+
+        async with other_process(directory, keys) as stopped:
+            # A server does not see that its peer was stopped: its connection still stands.
+            stopped.send_signal(signal.SIGSTOP)
+            async with logged_in(bridge, keys):
+                assert (await world.list_evictions())[0] == 2
+    async with connector.open_bridge():
+        signs = await trio.to_thread.run_sync(os.listdir, directory / "bridges")
+    assert len(signs) == 1, "the dead leave no sign"
