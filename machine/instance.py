@@ -211,10 +211,8 @@ class Instance:
                 if self._drain_reason is None:
                     await self._engine.fire(Trigger.BOOTED, reason="ready")
                     await self._stand_by_and_serve()
-                if self.state is not State.DRAINING:
-                    await self._engine.fire(
-                        Trigger.DRAIN, reason=self._drain_reason or "the machine ended"
-                    )
+                else:
+                    await self._engine.fire(Trigger.DRAIN, reason=self._drain_reason)
             finally:
                 self.alive = False
                 self._poke()
@@ -246,6 +244,9 @@ class Instance:
                 held = await self._acquire()
                 if held is not None:
                     await self._serve(held)
+            if self.state is not State.DRAINING:
+                await self._engine.fire(Trigger.DRAIN, reason=self._drain_reason)
+            await self._linger()
             # Records of transitions still being written to disk get a short last word.
             nursery.cancel_scope.deadline = trio.current_time() + self._limits.store_try_s
             self._cancel_watchers()
@@ -497,6 +498,12 @@ class Instance:
         self._poke()
         if term is not None:
             await term.settle()
+
+    async def _linger(self) -> None:
+        """Stay, and let the API forward, until somebody else holds the lease."""
+        with trio.move_on_after(self._limits.linger_s):
+            while self.holder is None or self.holder.incarnation == self.identity.incarnation:
+                await self.wait_changed()
 
     # --- the copy on disk
 

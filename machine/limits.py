@@ -46,6 +46,8 @@ class Limits:
     """Messages in one commit; what is over goes with the next."""
     settle_s: float = 20.0
     """How long a drain waits for what is in flight; the rest is handed to the next holder."""
+    linger_s: float = 2.0
+    """How long an instance that released the lease goes on forwarding while nobody has it."""
     message_retention_s: float = 7 * 86400.0
     purge_every_s: float = 3600.0
     purge_count_max: int = 400

@@ -362,7 +362,7 @@ class Restore:
         try:
             with trio.fail_after(self._limits.restore_try_s):
                 found = await self._ports.legacy.scan(directory)
-        except (StoreUnavailable, trio.TooSlowError) as error:
+        except (StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
             self._fail(None, f"legacy sessions: {describe_error(error)}", "check the directory")
             return [], 1
         created: list[AccountId] = []

@@ -1,0 +1,331 @@
+"""The composition root: settings in, a running instance out. The one place that knows every part.
+
+Never lives here: a decision. What becomes of the lease and the accounts is `machine`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import SystemRandom
+from typing import TYPE_CHECKING
+
+import trio
+
+import daemon
+from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
+from daemon.baileys_import import LegacyDirectories
+from daemon.http.app import serve_api
+from daemon.http.events import HTTP_EVENTS
+from daemon.http.ports import ApiSettings
+from daemon.http.server import BindFailed, Listening, bind_http, raise_files_limit
+from daemon.initialise import SHARED_FILE
+from daemon.journal import LoguruJournal, open_journal
+from daemon.loopback.connector import LoopbackConnector
+from daemon.loopback.routes import loopback_router
+from daemon.loopback.world import LoopbackWorld
+from daemon.settings import ConnectorKind, Settings, StoreKind
+from daemon.sqlite.local import StateDirInUse, open_local
+from machine.events import EVENTS, EventKind
+from machine.instance import Instance
+from machine.outbox import make_message_id
+from machine.ports import (
+    AccountStore,
+    Connector,
+    LeaseStore,
+    Level,
+    LocalStore,
+    OutboxStore,
+    Ports,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
+from machine.records import AccountStatus, Identity
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_SETTINGS = 2
+
+DAEMON_EVENTS = {
+    "instance.refused": EventKind(Level.ERROR, "not started: {error}"),
+    "store.troubled": EventKind(Level.WARNING, "{sentence}"),
+}
+"""What only the composition root tells."""
+
+
+class HostClocks:
+    """The host's own clocks."""
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def boottime(self) -> float:
+        """Seconds since boot, suspend included."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStores:
+    """The shared store, as its three ports."""
+
+    lease: LeaseStore
+    accounts: AccountStore
+    outbox: OutboxStore
+
+
+@asynccontextmanager
+async def open_shared(settings: Settings, journal: LoguruJournal) -> AsyncIterator[SharedStores]:
+    """Open the configured shared store. Raises `StoreMisconfigured`, `StoreUnavailable`."""
+    if settings.store is StoreKind.SQLITE:
+        from daemon.sqlite.shared import open_sqlite_shared
+
+        path = settings.shared_dir / SHARED_FILE
+        await trio.to_thread.run_sync(_make_private_dir, settings.shared_dir)
+        fresh = not path.exists()
+        async with open_sqlite_shared(path) as store:
+            if fresh:
+                # Embedded mode on a fresh directory: there is nobody else who could have an epoch.
+                await store.initialise()
+            yield SharedStores(store, store, store)
+        return
+    from daemon.firestore.accounts import FirestoreAccountStore
+    from daemon.firestore.client import open_firestore
+    from daemon.firestore.lease import FirestoreLeaseStore
+    from daemon.firestore.outbox import FirestoreOutboxStore
+
+    def note_trouble(sentence: str) -> None:
+        journal.note("store.troubled", sentence=sentence)
+
+    async with open_firestore(
+        settings.firestore_project or "",
+        settings.firestore_database,
+        settings.firestore_emulator_host,
+    ) as client:
+        journal.metrics.watch_labelled(
+            "store_operations",
+            "Firestore operations, as they are billed.",
+            "kind",
+            lambda: {kind: float(n) for kind, n in asdict(client.operations).items()},
+        )
+        yield SharedStores(
+            FirestoreLeaseStore(client, settings.group, note_trouble=note_trouble),
+            FirestoreAccountStore(client, settings.group),
+            FirestoreOutboxStore(client, settings.group, note_trouble=note_trouble),
+        )
+
+
+def _make_private_dir(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the settings choose: how accounts connect, and the routes that come with it."""
+
+    connector: Connector
+    routers: tuple[APIRouter, ...]
+
+
+@asynccontextmanager
+async def open_connector(settings: Settings) -> AsyncIterator[Parts]:
+    """Make the configured connector. Raises `StoreMisconfigured` for one that is not there yet."""
+    if settings.connector is not ConnectorKind.LOOPBACK:
+        raise StoreMisconfigured(
+            f"connector {settings.connector} is not part of this version: "
+            "set WATCHKEEPER_CONNECTOR=loopback"
+        )
+    clocks = HostClocks()
+    world = LoopbackWorld(settings.loopback_dir, clocks=clocks)
+    try:
+        yield Parts(
+            LoopbackConnector(settings.loopback_dir, clocks=clocks), (loopback_router(world),)
+        )
+    finally:
+        world.close()
+
+
+def make_codec(settings: Settings) -> PackedAuthCodec:
+    """The codec under the configured encryption keys; without a key it writes plain parts."""
+    active = settings.encryption_key_bytes()
+    if active is None:
+        return PackedAuthCodec(None)
+    older = tuple(EncryptionKey(key) for key in settings.encryption_keys_old_bytes())
+    return PackedAuthCodec(Keyring(EncryptionKey(active), older))
+
+
+def make_api_settings(settings: Settings) -> ApiSettings:
+    """The API's numbers, from the settings. Raises `ValueError` when they contradict."""
+    return ApiSettings(
+        tokens=settings.admin_tokens(),
+        version=daemon.__version__,
+        bind=settings.http_bind,
+        handoff_wait_s=settings.handoff_wait_s,
+        send_wait_s=settings.send_wait_s,
+        body_bytes_max=settings.http_body_bytes_max,
+        connections_max=settings.http_connections_max,
+        forward_connections_max=settings.forward_connections_max,
+    )
+
+
+async def serve(settings: Settings) -> int:
+    """Run one instance until it is asked to end; the process's exit code.
+
+    SIGTERM and SIGINT ask for a drain; a second one of either ends the process at once.
+    """
+    given = [*settings.admin_tokens()]
+    for secret in (settings.encryption_key, settings.encryption_keys_old):
+        if secret is not None:
+            given.extend(secret.get_secret_value().split())
+    with open_journal(
+        settings.instance_name,
+        json_lines=settings.log_format == "json",
+        level=settings.log_level,
+        secrets=given,
+        events={**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS},
+    ) as journal:
+        code = EXIT_OK
+        try:
+            await _serve(settings, journal)
+        except* (StoreMisconfigured, StateDirInUse, BindFailed) as refused:
+            code = EXIT_SETTINGS
+            _tell(journal, refused)
+        except* StoreUnavailable as away:
+            code = EXIT_FAILED
+            _tell(journal, away)
+        return code
+
+
+def _tell(journal: LoguruJournal, errors: BaseExceptionGroup[BaseException]) -> None:
+    """One line for each thing that kept the instance from starting, or from going on."""
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            _tell(journal, error)
+        else:
+            journal.note("instance.refused", error=str(error))
+
+
+async def _serve(settings: Settings, journal: LoguruJournal) -> None:
+    raise_files_limit()
+    # The port is bound first: the address that others are told must be the one that answers.
+    listening = bind_http(settings.http_bind)
+    try:
+        identity = Identity(
+            settings.instance_name, secrets.token_hex(8), settings.address(listening.port)
+        )
+        await trio.to_thread.run_sync(_make_private_dir, settings.state_dir)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with (
+                open_local(settings.state_dir) as local,
+                open_shared(settings, journal) as shared,
+                open_connector(settings) as parts,
+            ):
+                ports = _make_ports(settings, journal, local, shared, parts.connector)
+                instance = Instance(
+                    identity,
+                    ports=ports,
+                    timing=settings.lease_timing(),
+                    limits=settings.limits(),
+                    durability=settings.durability,
+                )
+                _watch_instance(journal, instance)
+                await _run(settings, journal, instance, parts, listening, signals)
+    finally:
+        listening.close()
+
+
+def _make_ports(
+    settings: Settings,
+    journal: LoguruJournal,
+    local: LocalStore,
+    shared: SharedStores,
+    connector: Connector,
+) -> Ports:
+    return Ports(
+        lease=shared.lease,
+        accounts=shared.accounts,
+        outbox=shared.outbox,
+        local=local,
+        codec=make_codec(settings),
+        connector=connector,
+        legacy=LegacyDirectories(settings.legacy_sessions_dir),
+        journal=journal,
+        clocks=HostClocks(),
+        rng=SystemRandom(),
+    )
+
+
+def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
+    """Gauges that are read from the machine at each scrape."""
+
+    def accounts() -> dict[str, float]:
+        counts = dict.fromkeys((status.value for status in AccountStatus), 0.0)
+        if instance.term is not None:
+            for session in instance.term.sessions.values():
+                counts[session.status.value] += 1
+        return counts
+
+    def remaining_s() -> float:
+        status = instance.lease_status
+        return (status.remaining_s or 0.0) if status is not None else 0.0
+
+    def depth() -> float:
+        return float(instance.term.outbox_depth) if instance.term is not None else 0.0
+
+    watch = journal.metrics.watch
+    journal.metrics.watch_labelled("accounts", "Accounts in memory.", "status", accounts)
+    watch("lease_remaining_seconds", "Until the lease ends if not renewed.", remaining_s)
+    watch("outbox_messages", "Messages accepted and not yet acknowledged.", depth)
+
+
+async def _run(
+    settings: Settings,
+    journal: LoguruJournal,
+    instance: Instance,
+    parts: Parts,
+    listening: Listening,
+    signals: AsyncIterator[int],
+) -> None:
+    """The API around the machine: it answers before the first state and after the last."""
+    shutdown = trio.Event()
+
+    async def serve_http(task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        await serve_api(
+            instance,
+            make_api_settings(settings),
+            make_message_id=make_message_id,
+            listening=listening,
+            routers=parts.routers,
+            render_metrics=journal.metrics.render,
+            note=journal.note,
+            shutdown=shutdown,
+            task_status=task_status,
+        )
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_heed_signals, signals, instance)
+        async with trio.open_nursery() as api:
+            await api.start(serve_http)
+            await instance.run()
+            # The API ends by itself once what is in flight is answered.
+            shutdown.set()
+        nursery.cancel_scope.cancel()
+
+
+async def _heed_signals(signals: AsyncIterator[int], instance: Instance) -> None:
+    """Ask for a drain at the first signal; a second one ends the process at once."""
+    asked = False
+    async for number in signals:
+        if asked:
+            os._exit(128 + number)
+        asked = True
+        instance.request_drain(signal.Signals(number).name)
