@@ -6,31 +6,36 @@ Never lives here: what a packed part means, and which copy wins (`machine.restor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import trio
 
 from daemon.firestore.client import FirestoreClient
 from daemon.firestore.documents import (
     DocumentName,
+    Fields,
     MalformedDocument,
+    Moment,
     bytes_of,
     delete_write,
+    encode,
     stamp_from,
     stamp_of,
     text_of,
-    update_write,
 )
 from daemon.firestore.errors import Refused
 from daemon.firestore.fencing import FencedWriter
 from daemon.firestore.layout import (
     ACCOUNTS,
+    ARCHIVE,
     PARTS,
     Layout,
-    account_values,
+    account_write,
     commit_id_of,
-    main_part,
+    mark_write,
     message_write,
-    part_values,
+    other_parts,
+    part_writes,
     read_account,
     read_message,
     read_parts,
@@ -98,12 +103,15 @@ class FirestoreAccountStore(AccountStore):
         for _ in range(FETCH_TRIES_MAX):
             document = await self._client.get(name)
             if document is None:
-                return None
+                mark = await self._client.get(self._layout.mark(account_id))
+                return None if mark is None else read_account(mark)
             copy = read_account(document)
+            if copy.complete:
+                return copy
             parts = await self._client.list_documents(name, PARTS)
             after = await self._client.get(name, fields=("commitId",))
             if after is not None and stamp_of(after) == copy.stamp:
-                return _with_parts(copy, parts)
+                return _with_parts(copy, document, parts)
         raise StoreUnavailable(
             f"account {account_id} is written faster than it can be read", code="aborted"
         )
@@ -113,18 +121,27 @@ class FirestoreAccountStore(AccountStore):
     async def create_account(
         self, grant: Grant, account: Account, version: Version, parts: Mapping[PartName, bytes]
     ) -> Stamp:
+        """Write a new account, in the place of its mark if it was removed.
+
+        Raises `AccountExists`; `StaleWrite` when the epoch has moved on.
+        """
         name = self._layout.account(account.account_id)
-        commit_id = f"create-{grant.incarnation}-{version}"
-        values = account_values(account, version, commit_id, main_part(parts))
-        writes = [update_write(name, values, exists=False), *self._part_writes(name, parts)]
+        created_by = f"{grant.incarnation} {version}"
+        write = account_write(name, account, version, "", parts, exists=False)
+        write.update.fields["createdBy"].string_value = created_by
+        write.update_mask.field_paths.append("createdBy")
+        writes = [
+            write,
+            delete_write(self._layout.mark(account.account_id)),
+            *part_writes(self._layout, name, parts),
+        ]
         try:
             response = await self._writer.commit(grant, writes)
         except Refused as refused:
             document = await self._client.get(name)
             if document is None:
                 raise StoreUnavailable(str(refused), code=refused.code) from refused
-            copy = read_account(document)
-            if copy.commit_id == commit_id and copy.parts.get(MAIN_PART) == parts.get(MAIN_PART):
+            if _is_unchanged(document, account, created_by, parts):
                 # An unanswered attempt of ours: packed parts are never the same by accident.
                 return stamp_of(document)
             raise AccountExists(f"account {account.account_id} exists") from refused
@@ -140,28 +157,31 @@ class FirestoreAccountStore(AccountStore):
     async def remove_account(
         self, grant: Grant, account_id: AccountId, stamp: Stamp, *, purge: bool
     ) -> None:
-        """Archive an account's bytes and take it off the list; with `purge` destroy them.
+        """Archive an account's bytes and leave a mark in its place; with `purge` destroy them.
 
-        An account that is not there is removed already: an unanswered attempt may have done it.
-        Raises `StaleWrite`.
+        `purge` also destroys what was archived of it before.
+        Raises `StaleWrite`; also when the account is not there (any more).
         """
         name = self._layout.account(account_id)
         document = await self._client.get(name)
-        if document is None:
-            return
-        if stamp_of(document) != stamp:
-            raise StaleWrite(f"account {account_id} has changed since {stamp}")
+        if document is None or stamp_of(document) != stamp:
+            raise StaleWrite(f"account {account_id} is not at {stamp}")
         parts = await self._client.list_documents(name, PARTS)
-        if not purge:
+        if purge:
+            await self._purge_archive(grant, account_id)
+        else:
             await self._archive(document, parts, {}, str(stamp), "removed", grant)
-        deletes = [
+        copy = read_account(document)
+        mark = Version(grant.epoch, copy.version.revision + 1)
+        writes = [
             delete_write(name, stamp=stamp),
+            mark_write(self._layout, copy.account, mark),
             *(delete_write(DocumentName(part.name)) for part in parts),
         ]
         try:
-            await self._writer.commit(grant, deletes)
+            await self._writer.commit(grant, writes)
         except Refused as refused:
-            raise StaleWrite(f"account {account_id} has changed since {stamp}") from refused
+            raise StaleWrite(f"account {account_id} is not at {stamp}") from refused
 
     async def archive_parts(self, copy: AccountCopy, reason: str) -> None:
         """Keep a copy's bytes aside, for `repair` and logouts, before they are replaced.
@@ -169,11 +189,12 @@ class FirestoreAccountStore(AccountStore):
         What the store itself has of the account is kept along with the copy's parts. Archiving
         the same copy for the same reason again changes nothing.
         """
-        name = self._layout.account(copy.account.account_id)
+        account_id = copy.account.account_id
+        name = self._layout.account(account_id)
         document = await self._client.get(name)
         parts: list[Proto] = []
         if document is None:
-            document = _plain_document(name, copy)
+            document = account_write(name, copy.account, copy.version, copy.commit_id, {}).update
         else:
             parts = await self._client.list_documents(name, PARTS)
         which = f"{copy.stamp or copy.version}-{reason}"
@@ -266,30 +287,22 @@ class FirestoreAccountStore(AccountStore):
     def _writes_of(self, commit: AccountCommit) -> list[Proto]:
         """A commit's writes, the account's first: it carries the precondition."""
         name = self._layout.account(commit.account.account_id)
-        values = account_values(
-            commit.account, commit.version, commit.commit_id, main_part(commit.parts)
-        )
         writes = [
-            update_write(name, values, stamp=commit.stamp),
-            *self._part_writes(name, commit.parts),
+            account_write(
+                name,
+                commit.account,
+                commit.version,
+                commit.commit_id,
+                commit.parts,
+                stamp=commit.stamp,
+            ),
+            *part_writes(self._layout, name, commit.parts),
             *(message_write(self._layout, message, new=True) for message in commit.new_messages),
             *(message_write(self._layout, message, new=False) for message in commit.messages),
         ]
         if len(writes) > COMMIT_WRITES_MAX:
             raise ValueError(f"{len(writes)} writes in one commit; {COMMIT_WRITES_MAX} at most")
         return writes
-
-    def _part_writes(
-        self, owner: DocumentName, parts: Mapping[PartName, bytes | None]
-    ) -> Iterator[Proto]:
-        for part, packed in parts.items():
-            if part == MAIN_PART:
-                continue
-            name = self._layout.part(owner, part)
-            if packed is None:
-                yield delete_write(name)
-            else:
-                yield update_write(name, part_values(part, packed))
 
     async def _after_refusal(self, commit: AccountCommit, refused: Refused) -> Stamp:
         """What a refused commit means: applied before, stale, or a message that exists."""
@@ -327,32 +340,43 @@ class FirestoreAccountStore(AccountStore):
         """Copy an account's document and parts, as they are, below `archive/`; `packed` wins."""
         account_id = AccountId(text_of(document.name))
         target = self._layout.archived(account_id, which)
-        main = Write()
-        main.update.name = target
-        for key, value in document.fields.items():
-            main.update.fields[key].CopyFrom(value)
-        values = {"accountId": str(account_id), "archivedFor": reason}
-        extra = update_write(target, values).update
-        for key, value in extra.fields.items():
-            main.update.fields[key].CopyFrom(value)
+        main = _copied(document, target)
+        main.update.fields["accountId"].string_value = account_id
+        main.update.fields["archivedFor"].string_value = reason
         if MAIN_PART in packed:
             main.update.fields["packed"].bytes_value = packed[MAIN_PART]
         stamped = main.update_transforms.add(field_path="archivedAt")
         stamped.set_to_server_value = type(stamped).REQUEST_TIME
         writes = [main]
         for part in parts:
-            if PartName(text_of(part.name)) not in packed:
-                write = Write()
-                write.update.name = self._layout.part(target, PartName(text_of(part.name)))
-                for key, value in part.fields.items():
-                    write.update.fields[key].CopyFrom(value)
-                writes.append(write)
-        writes += self._part_writes(target, packed)
+            part_name = PartName(text_of(part.name))
+            if part_name not in packed:
+                writes.append(_copied(part, self._layout.part(target, part_name)))
+        writes += part_writes(self._layout, target, packed)
         for chunk in _chunks(writes):
             if grant is None:
                 await self._client.commit(chunk)
             else:
                 await self._writer.commit(grant, chunk)
+
+    async def _purge_archive(self, grant: Grant, account_id: AccountId) -> None:
+        """Destroy everything that was ever archived of an account."""
+        request = RunQueryRequest(parent=self._layout.parent)
+        query = request.structured_query
+        query.from_.add(collection_id=ARCHIVE)
+        query.select.fields.add(field_path="accountId")
+        where = query.where.field_filter
+        where.field.field_path = "accountId"
+        where.op = type(where).EQUAL
+        encode(where.value, str(account_id))
+        archived: list[Proto] = []
+        await self._client.run_query(request, archived.extend)
+        doomed: list[Proto] = []
+        for document in archived:
+            doomed += await self._client.list_documents(document.name, PARTS)
+            doomed.append(document)
+        for chunk in _chunks([delete_write(DocumentName(one.name)) for one in doomed]):
+            await self._writer.commit(grant, chunk)
 
 
 class _Item:
@@ -369,13 +393,18 @@ class _Item:
 def _batches_of(
     commits: Sequence[AccountCommit], writes_of: Callable[[AccountCommit], list[Proto]]
 ) -> Iterator[list[_Item]]:
-    """Cut commits into batches that one call may hold; none is cut in two."""
+    """Cut commits into batches that one call may hold; none is cut in two.
+
+    Two commits of one account never share a batch: Firestore refuses two stamps for a document.
+    """
     batch: list[_Item] = []
     writes_count = bytes_count = 0
     for index, commit in enumerate(commits):
         writes = writes_of(commit)
         size = bytes_of(writes)
-        full = writes_count + len(writes) > COMMIT_WRITES_MAX
+        full = writes_count + len(writes) > COMMIT_WRITES_MAX or any(
+            item.commit.account.account_id == commit.account.account_id for item in batch
+        )
         if batch and (full or bytes_count + size > COMMIT_BYTES_MAX):
             yield batch
             batch, writes_count, bytes_count = [], 0, 0
@@ -401,25 +430,35 @@ def _chunks(writes: Sequence[Proto]) -> Iterator[list[Proto]]:
         yield chunk
 
 
-def _with_parts(copy: AccountCopy, documents: Sequence[Proto]) -> AccountCopy:
+def _with_parts(copy: AccountCopy, document: Proto, documents: Sequence[Proto]) -> AccountCopy:
     fault = copy.fault
     parts: dict[PartName, bytes] = {}
     try:
-        parts = read_parts(documents)
+        parts = read_parts(documents, other_parts(document))
     except MalformedDocument as error:
         fault = fault or str(error)
-    return AccountCopy(
-        account=copy.account,
-        version=copy.version,
-        parts={**parts, **copy.parts},
-        complete=fault is None,
-        stamp=copy.stamp,
-        commit_id=copy.commit_id,
-        fault=fault,
+    return replace(copy, parts={**parts, **copy.parts}, complete=fault is None, fault=fault)
+
+
+def _is_unchanged(
+    document: Proto, account: Account, created_by: str, parts: Mapping[PartName, bytes]
+) -> bool:
+    """Whether an account is just as the creation `created_by` of `account` left it."""
+    copy = read_account(document)
+    return (
+        copy.fault is None
+        and copy.commit_id == ""
+        and Fields(document).raw("createdBy") == created_by
+        and Moment(copy.account.created_at).micros == Moment(account.created_at).micros
+        and copy.parts.get(MAIN_PART) == parts.get(MAIN_PART)
     )
 
 
-def _plain_document(name: DocumentName, copy: AccountCopy) -> Proto:
-    """An account document made of a copy that the store does not have."""
-    values = account_values(copy.account, copy.version, copy.commit_id, None)
-    return update_write(name, values).update
+def _copied(document: Proto, name: DocumentName) -> Proto:
+    """A write that makes `name` hold exactly what `document` holds, whatever that is."""
+    write = Write()
+    write.update.CopyFrom(document)
+    write.update.name = name
+    for times in ("create_time", "update_time"):
+        write.update.ClearField(times)
+    return write

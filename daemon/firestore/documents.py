@@ -21,6 +21,7 @@ PACKED_BYTES_MAX = 1_000_000
 """A blob in one document. Firestore's limit is 1 MiB for a document with its name and all fields
 (https://firebase.google.com/docs/firestore/quotas); the rest is left for the plain fields."""
 
+_STAMP = re.compile(r"([0-9]{1,12})\.([0-9]{9})")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -32,6 +33,13 @@ class Moment(float):
     """Seconds since 1970 that are kept as a Firestore timestamp: exact to the microsecond."""
 
     __slots__ = ()
+
+    @property
+    def micros(self) -> int:
+        """Microseconds since 1970. Raises `ValueError` unless finite."""
+        if not math.isfinite(self):
+            raise ValueError("a moment must be finite")
+        return round(self * 1_000_000)
 
 
 FieldValue = (
@@ -61,7 +69,8 @@ def document_id(text: str) -> str:
     """
     if not text:
         raise ValueError("an empty id cannot name a document")
-    encoded = quote(text, safe="@+:")
+    # `~` is left to us: names put it between an id and what is said of it.
+    encoded = quote(text, safe="@+:").replace("~", "%7E")
     if encoded in {".", ".."}:
         encoded = encoded.replace(".", "%2E")
     if encoded.startswith("__"):
@@ -85,11 +94,12 @@ def stamp_from(update_time: Proto) -> Stamp:
 
 
 def set_stamp(target: Proto, stamp: Stamp) -> None:
-    """Write `stamp` into a protobuf timestamp, as it was. Raises `ValueError` if not ours."""
-    seconds, dot, nanos = stamp.partition(".")
-    if not dot or len(nanos) != 9:
-        raise ValueError(f"{stamp!r} is not a stamp of this store")
-    target.seconds, target.nanos = int(seconds), int(nanos)
+    """Write `stamp` into a protobuf timestamp, as it was.
+
+    A stamp of another store becomes a moment at which no document was written: it never matches.
+    """
+    match = _STAMP.fullmatch(stamp)
+    target.seconds, target.nanos = (int(match[1]), int(match[2])) if match else (0, 1000)
 
 
 def seconds_between(earlier: Proto, later: Proto) -> float:
@@ -109,11 +119,8 @@ def encode(target: Proto, value: FieldValue) -> None:
         case int():
             target.integer_value = value
         case Moment():
-            if not math.isfinite(value):
-                raise ValueError("a moment must be finite")
-            micros = round(value * 1_000_000)
-            target.timestamp_value.seconds = micros // 1_000_000
-            target.timestamp_value.nanos = micros % 1_000_000 * 1000
+            target.timestamp_value.seconds = value.micros // 1_000_000
+            target.timestamp_value.nanos = value.micros % 1_000_000 * 1000
         case float():
             target.double_value = value
         case str():
@@ -215,6 +222,12 @@ class Fields:
             raise MalformedDocument(f"field {key!r} is not a list")
         return value
 
+    def keys_or_none(self, key: str) -> list[str] | None:
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise MalformedDocument(f"field {key!r} is not a map")
+        return None if value is None else list(value)
+
     def moments(self, key: str) -> dict[str, float]:
         value = self._values.get(key)
         if not isinstance(value, Mapping):
@@ -241,6 +254,14 @@ def update_write(
     write.update_mask.field_paths.extend(values)
     _set_precondition(write, stamp, exists)
     return write
+
+
+def set_in_map(write: Proto, key: str, inner: str, value: FieldValue | None) -> None:
+    """Add to an update: one entry of the map field `key` is set, or deleted; the others stay."""
+    escaped = inner.replace("\\", "\\\\").replace("`", "\\`")
+    write.update_mask.field_paths.append(f"{key}.`{escaped}`")
+    if value is not None:
+        encode(write.update.fields[key].map_value.fields[inner], value)
 
 
 def verify_write(name: DocumentName, stamp: Stamp) -> Proto:

@@ -2,8 +2,11 @@
 
 Below `watchkeeper/{group}-data`:
 
-    accounts/{accountId}                 plain fields, epoch, revision, commitId, packed (main part)
+    accounts/{accountId}                 plain fields, epoch, revision, commitId, packed (the main
+                                         part), parts (names of the other parts: how many bytes)
     accounts/{accountId}/parts/{part}    packed: the other parts
+    accounts/{accountId}~removed         the mark that an account was removed; beside the accounts,
+                                         so that one query reads both as of one moment
     outbox/{messageId}                   one message each
     archive/{accountId}~{which}          what was taken off the list, with parts/ like an account
 
@@ -12,7 +15,7 @@ Fields that we do not know survive our writes. `packed` is opaque here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from daemon.firestore.client import FirestoreClient
 from daemon.firestore.documents import (
@@ -23,7 +26,9 @@ from daemon.firestore.documents import (
     MalformedDocument,
     Moment,
     check_group,
+    delete_write,
     document_id,
+    set_in_map,
     stamp_of,
     text_of,
     update_write,
@@ -41,11 +46,14 @@ from machine.records import (
     MessageId,
     MessageState,
     PartName,
+    Stamp,
     Version,
 )
 
 FORMAT = 1
 """Written into each document. A higher one than ours is not read: a newer version wrote it."""
+
+REMOVED = "~removed"
 
 ACCOUNTS, PARTS, OUTBOX, ARCHIVE = "accounts", "parts", "outbox", "archive"
 
@@ -61,6 +69,9 @@ class Layout:
     def account(self, account_id: AccountId) -> DocumentName:
         return self._name(ACCOUNTS, document_id(account_id))
 
+    def mark(self, account_id: AccountId) -> DocumentName:
+        return self._name(ACCOUNTS, document_id(account_id) + REMOVED)
+
     def part(self, owner: DocumentName, part: PartName) -> DocumentName:
         """A part of an account or of an archived one."""
         return DocumentName(f"{owner}/{PARTS}/{document_id(part)}")
@@ -75,11 +86,57 @@ class Layout:
         return self._client.document(COLLECTION, self._data, collection, key)
 
 
-def account_values(
-    account: Account, version: Version, commit_id: str, packed: bytes | None
-) -> dict[str, FieldValue]:
-    """An account document's fields; without `packed` when it is `None`, so that it stays."""
-    values: dict[str, FieldValue] = {
+def account_write(
+    name: DocumentName,
+    account: Account,
+    version: Version,
+    commit_id: str,
+    parts: Mapping[PartName, bytes | None],
+    *,
+    stamp: Stamp | None = None,
+    exists: bool | None = None,
+) -> Proto:
+    """A write of an account's document, with its main part if that is among the changed `parts`.
+
+    The other parts have documents of their own (`part_writes`); only their names are in here.
+    Raises `AuthTooLarge`, `ValueError` when the main part is to be deleted.
+    """
+    values = _account_values(account, version, commit_id)
+    if MAIN_PART in parts:
+        packed = parts[MAIN_PART]
+        if packed is None:
+            raise ValueError("the main part is replaced, never deleted")
+        values["packed"] = _check_size(MAIN_PART, packed)
+    write = update_write(name, values, stamp=stamp, exists=exists)
+    for part, packed in parts.items():
+        if part != MAIN_PART:
+            set_in_map(write, "parts", part, None if packed is None else len(packed))
+    return write
+
+
+def part_writes(
+    layout: Layout, owner: DocumentName, parts: Mapping[PartName, bytes | None]
+) -> Iterator[Proto]:
+    """Writes of the changed parts other than the main one. Raises `AuthTooLarge`."""
+    for part, packed in parts.items():
+        if part == MAIN_PART:
+            continue
+        name = layout.part(owner, part)
+        if packed is None:
+            yield delete_write(name)
+        else:
+            yield update_write(name, {"packed": _check_size(part, packed)})
+
+
+def mark_write(layout: Layout, account: Account, version: Version) -> Proto:
+    """A write of the mark that says that `account` was removed."""
+    values = _account_values(account, version, "")
+    values["removed"] = True
+    return update_write(layout.mark(account.account_id), values)
+
+
+def _account_values(account: Account, version: Version, commit_id: str) -> dict[str, FieldValue]:
+    return {
         "format": FORMAT,
         "name": account.name,
         "phone": account.phone,
@@ -93,15 +150,16 @@ def account_values(
         "revision": version.revision,
         "commitId": commit_id,
     }
-    if packed is not None:
-        values["packed"] = check_size(MAIN_PART, packed)
-    return values
 
 
 def read_account(document: Proto) -> AccountCopy:
-    """Read an account document, with its main part. Never raises: see `AccountCopy.fault`."""
+    """Read an account document, with its main part, or a mark.
+
+    Never raises: see `AccountCopy.fault`.
+    """
     fields = Fields(document)
-    account_id = AccountId(text_of(document.name))
+    removed = document.name.endswith(REMOVED)
+    account_id = AccountId(text_of(document.name.removesuffix(REMOVED)))
     try:
         _check_format(fields)
         account = Account(
@@ -118,15 +176,17 @@ def read_account(document: Proto) -> AccountCopy:
         version = Version(fields.integer("epoch"), fields.integer("revision"))
         commit_id = fields.text("commitId")
         packed = fields.blob_or_none("packed")
+        others = fields.keys_or_none("parts")
     except MalformedDocument as error:
         return _faulty_copy(account_id, fields, document, str(error))
     return AccountCopy(
         account=account,
         version=version,
         parts={} if packed is None else {MAIN_PART: packed},
-        complete=False,
+        complete=not others,
         stamp=stamp_of(document),
         commit_id=commit_id,
+        removed=removed,
     )
 
 
@@ -136,12 +196,12 @@ def commit_id_of(document: Proto) -> str:
     return commit_id
 
 
-def part_values(part: PartName, packed: bytes) -> dict[str, FieldValue]:
-    """A part document's fields. Raises `AuthTooLarge`."""
-    return {"packed": check_size(part, packed)}
+def other_parts(document: Proto) -> set[PartName]:
+    """The names of an account's parts other than the main one. Raises `MalformedDocument`."""
+    return {PartName(key) for key in Fields(document).keys_or_none("parts") or ()}
 
 
-def read_parts(documents: Iterable[Proto]) -> dict[PartName, bytes]:
+def read_parts(documents: Iterable[Proto], expected: set[PartName]) -> dict[PartName, bytes]:
     """Read the part documents of one account. Raises `MalformedDocument`."""
     parts: dict[PartName, bytes] = {}
     for document in documents:
@@ -149,6 +209,9 @@ def read_parts(documents: Iterable[Proto]) -> dict[PartName, bytes]:
         if packed is None:
             raise MalformedDocument(f"part {text_of(document.name)!r} has no bytes")
         parts[PartName(text_of(document.name))] = packed
+    if parts.keys() != expected:
+        names = ", ".join(sorted(parts.keys() ^ expected))
+        raise MalformedDocument(f"the account's list of parts and its parts differ in: {names}")
     return parts
 
 
@@ -190,16 +253,6 @@ def read_message(document: Proto) -> Message:
         attempts=fields.integer("attempts"),
         state_at={_message_state(key): at for key, at in fields.moments("stateAt").items()},
     )
-
-
-def check_size(part: PartName, packed: bytes) -> bytes:
-    """Return `packed`; raises `AuthTooLarge` when no document can hold it."""
-    if len(packed) > PACKED_BYTES_MAX:
-        raise AuthTooLarge(
-            f"part {part!r} has {len(packed)} bytes; a Firestore document holds "
-            f"{PACKED_BYTES_MAX} at most"
-        )
-    return packed
 
 
 def _faulty_copy(account_id: AccountId, fields: Fields, document: Proto, fault: str) -> AccountCopy:
@@ -258,8 +311,10 @@ def _moment(at: float | None) -> Moment | None:
     return None if at is None else Moment(at)
 
 
-def main_part(parts: Mapping[PartName, bytes | None]) -> bytes | None:
-    """The main part among changed parts. Raises `ValueError` when it is to be deleted."""
-    if MAIN_PART in parts and parts[MAIN_PART] is None:
-        raise ValueError("the main part is replaced, never deleted")
-    return parts.get(MAIN_PART)
+def _check_size(part: PartName, packed: bytes) -> bytes:
+    if len(packed) > PACKED_BYTES_MAX:
+        raise AuthTooLarge(
+            f"part {part!r} has {len(packed)} bytes; a Firestore document holds "
+            f"{PACKED_BYTES_MAX} at most"
+        )
+    return packed

@@ -1,0 +1,157 @@
+"""The Firestore emulator for tests: found, started once a session, ended with its process group.
+
+`firestore_emulator` is its `host:port`. Tests isolate themselves by `new_project()`. Tests that
+stop, kill or restart an emulator start one of their own with `start_emulator`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+START_S_MAX = 60.0
+JAR = Path("platform/cloud-firestore-emulator/cloud-firestore-emulator.jar")
+MAIN_CLASS = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
+MISSING = (
+    "no Firestore emulator: install Java and the Google Cloud CLI with its component "
+    "cloud-firestore-emulator, or set WATCHKEEPER_TEST_EMULATOR=host:port"
+)
+
+
+def new_project() -> str:
+    """A project id that no other test uses: emulated projects share nothing."""
+    return f"test-{uuid.uuid4().hex[:16]}"
+
+
+class Emulator:
+    """A Firestore emulator process on a port of its own. Its data dies with the process."""
+
+    def __init__(self, command: list[str], port: int) -> None:
+        self.host = f"127.0.0.1:{port}"
+        self._command = command
+        self._port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        # Closed by `close`; a pipe would fill up, for nobody reads it meanwhile.
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - see above
+
+    def start(self) -> None:
+        """Start it, and return when its port answers."""
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        give_up_at = time.monotonic() + START_S_MAX
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > give_up_at:
+                self._log.seek(0)
+                words = self._log.read().decode(errors="replace")[-2000:]
+                self.kill()
+                raise RuntimeError(f"the Firestore emulator did not start:\n{words}")
+            time.sleep(0.05)
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open, nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group; connections are reset, the data is gone."""
+        if self._process is not None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        self.kill()
+        self._log.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None, "the emulator is not running"
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1):
+            return True
+        return False
+
+
+def emulator_command(port: int) -> list[str] | None:
+    """How to start the emulator on this machine, `None` where it is not installed."""
+    java = shutil.which("java")
+    for root in _sdk_roots():
+        if java is not None and (root / JAR).is_file():
+            # Without gcloud's wrapper it starts in half the time; a JVM of modest appetite, for
+            # several may run beside each other.
+            flags = ["-Duser.language=en", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+            start = [java, *flags, "-Xmx1g", "-cp", str(root / JAR), MAIN_CLASS]
+            return [*start, "--host=127.0.0.1", f"--port={port}"]
+    return None
+
+
+def _sdk_roots() -> Iterator[Path]:
+    if configured := os.environ.get("CLOUDSDK_ROOT_DIR"):
+        yield Path(configured)
+    if gcloud := shutil.which("gcloud"):
+        yield Path(gcloud).resolve().parent.parent
+    yield Path("/usr/lib/google-cloud-sdk")
+    yield Path("/usr/share/google-cloud-sdk")
+    yield Path.home() / "google-cloud-sdk"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def start_emulator() -> Iterator[Emulator]:
+    """An emulator of one's own. Skips the test where there is none; in CI fails it."""
+    port = free_port()
+    command = emulator_command(port)
+    if command is None:
+        if os.environ.get("CI"):
+            pytest.fail(MISSING)
+        pytest.skip(MISSING)
+    emulator = Emulator(command, port)
+    try:
+        emulator.start()
+        yield emulator
+    finally:
+        emulator.close()
+
+
+@pytest.fixture(scope="session")
+def firestore_emulator() -> Iterator[str]:
+    """The session's emulator, as `host:port`."""
+    if host := os.environ.get("WATCHKEEPER_TEST_EMULATOR"):
+        yield host
+        return
+    with start_emulator() as emulator:
+        yield emulator.host
+
+
+@pytest.fixture(scope="module")
+def own_emulator() -> Iterator[Emulator]:
+    """An emulator that the tests of one module may stop, kill and restart."""
+    with start_emulator() as emulator:
+        yield emulator

@@ -1,0 +1,60 @@
+"""The Firestore emulator as a world for the contract suite (`tests/contracts/worlds.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from daemon.firestore.accounts import FirestoreAccountStore
+from daemon.firestore.client import Line, open_firestore
+from daemon.firestore.documents import delete_write, update_write
+from daemon.firestore.layout import Layout
+from daemon.firestore.lease import COLLECTION, FirestoreLeaseStore
+from daemon.firestore.outbox import FirestoreOutboxStore
+from machine.records import AccountId
+from tests.contracts.worlds import Document, SharedWorld
+from tests.emulator import new_project
+from tests.fault_proxy import Fault, open_fault_proxy
+
+GROUP = "contract"
+
+
+@asynccontextmanager
+async def open_firestore_world(host: str) -> AsyncIterator[SharedWorld]:
+    """An empty project of the emulator at `host`, behind a proxy that can lose replies."""
+    project = new_project()
+    async with (
+        open_fault_proxy(host) as proxy,
+        open_firestore(project, emulator_host=proxy.host) as client,
+        open_firestore(project, emulator_host=host) as direct,
+    ):
+        layout = Layout(direct, GROUP)
+
+        async def delete_document(which: Document) -> None:
+            await direct.commit([delete_write(direct.document(COLLECTION, f"{GROUP}-{which}"))])
+
+        async def damage_account(account_id: AccountId) -> None:
+            await direct.commit([update_write(layout.account(account_id), {"status": 7})])
+
+        @asynccontextmanager
+        async def lost_replies() -> AsyncIterator[None]:
+            # Only over a connection that stands already can a request still get through.
+            for line in (Line.HEARTBEAT, Line.DATA):
+                await client.get(client.document(COLLECTION, "nothing"), line=line)
+            await proxy.set_fault(Fault.LOSE_REPLIES)
+            try:
+                yield
+            finally:
+                await proxy.set_fault(Fault.PASS)
+
+        yield SharedWorld(
+            lease=FirestoreLeaseStore(client, GROUP),
+            accounts=FirestoreAccountStore(client, GROUP),
+            outbox=FirestoreOutboxStore(client, GROUP),
+            age_lease=trio.sleep,
+            delete_document=delete_document,
+            damage_account=damage_account,
+            lost_replies=lost_replies,
+        )
