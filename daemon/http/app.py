@@ -15,14 +15,14 @@ from starlette.exceptions import HTTPException
 from daemon.http import accounts, messages, operations, status
 from daemon.http.api import Api, inbound_of
 from daemon.http.documented import document
-from daemon.http.edge import AsgiApp, Edge, error_answer
+from daemon.http.edge import AsgiApp, Edge, Receive, Scope, Send, bug, error_answer
 from daemon.http.errors import ApiError, ErrorCode, from_refusal
 from daemon.http.forward import Relay
 from daemon.http.links import HolderLink, Links, open_links
 from daemon.http.peers import Peers, keep_saying_hello
 from daemon.http.ports import ApiSettings, InstancePort, MakeMessageId, RenderMetrics
 from daemon.http.server import ConnectionLimits, Listening, Note, Server, bind_http
-from machine.ports import StoreUnavailable
+from machine.ports import StoreMisconfigured, StoreUnavailable
 from machine.refusals import NotActive, Refusal
 
 FIELDS_NAMED_MAX = 3
@@ -48,9 +48,12 @@ def make_routes(api: Api, routers: Sequence[APIRouter] = ()) -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(Refusal, _on_refusal)
-    app.add_exception_handler(StoreUnavailable, _on_store_unavailable)
+    app.add_exception_handler(StoreUnavailable, _on_store_away)
+    app.add_exception_handler(StoreMisconfigured, _on_store_away)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    # Starlette answers with it and raises the error again, for the edge to tell the journal.
+    app.add_exception_handler(Exception, _on_bug)
     # FastAPI's own way to replace the document: a method of the instance.
     app.openapi = partial(document, app)  # type: ignore[method-assign]
     return app
@@ -78,12 +81,6 @@ async def serve_api(
     listening = listening or bind_http(settings.bind)
     closing = trio.Event()
     peers = Peers(settings.peer_ttl_s, time.time, note)
-    limits = ConnectionLimits(
-        connections_max=settings.connections_max,
-        keep_alive_s=settings.keep_alive_s,
-        send_s=settings.send_s,
-        stop_s=settings.stop_s,
-    )
     try:
         async with open_links(settings) as links:
             edge = make_edge(
@@ -97,7 +94,7 @@ async def serve_api(
                 note=note,
                 closing=closing,
             )
-            server = Server(edge, limits, note)
+            server = Server(edge, _limits(settings), note)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keep_saying_hello, instance, settings, links.kept, peers)
                 try:
@@ -111,6 +108,51 @@ async def serve_api(
                     nursery.cancel_scope.cancel()
     finally:
         listening.close()
+
+
+async def serve_metrics(
+    settings: ApiSettings,
+    render_metrics: RenderMetrics,
+    *,
+    listening: Listening,
+    note: Note = silent,
+    shutdown: trio.Event | None = None,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `GET /metrics` on a listener of its own, without a token. Ends as `serve_api` does."""
+    server = Server(_metrics_app(render_metrics), _limits(settings), note)
+    task_status.started(listening.address)
+    try:
+        await server.serve(listening, shutdown=shutdown or trio.Event(), closing=trio.Event())
+    finally:
+        listening.close()
+
+
+def _metrics_app(render_metrics: RenderMetrics) -> AsgiApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        found = scope["type"] == "http" and scope["path"] == "/metrics"
+        body = render_metrics() if found else b""
+        headers = [
+            (b"content-type", status.METRICS_TYPE.encode()),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        if scope["type"] == "http":
+            code = 200 if found else 404
+            await send({"type": "http.response.start", "status": code, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003})
+
+    return app
+
+
+def _limits(settings: ApiSettings) -> ConnectionLimits:
+    return ConnectionLimits(
+        connections_max=settings.connections_max,
+        keep_alive_s=settings.keep_alive_s,
+        send_s=settings.send_s,
+        stop_s=settings.stop_s,
+    )
 
 
 def make_edge(
@@ -165,9 +207,13 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
     return await _on_api_error(request, from_refusal(error))
 
 
-async def _on_store_unavailable(request: Request, error: Exception) -> Response:
+async def _on_store_away(request: Request, error: Exception) -> Response:
     told = "The store did not answer: ask again; its state is in the log."
     return await _on_api_error(request, ApiError(ErrorCode.STORE_UNAVAILABLE, told))
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return await _on_api_error(request, bug())
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:

@@ -129,7 +129,7 @@ class Edge:
                 error=type(error).__name__,
                 request_id=inbound.request_id,
             )
-            await outbound.refuse(_bug(), receive)
+            await outbound.refuse(bug(), receive)
 
     async def _answer(self, inbound: Inbound, receive: Receive, outbound: _Outbound) -> None:
         self._guard.check(inbound.path, inbound.headers, inbound.query)
@@ -309,7 +309,8 @@ def _too_large(limit: int) -> ApiError:
     )
 
 
-def _bug() -> ApiError:
+def bug() -> ApiError:
+    """The answer to a request that met a bug of ours."""
     return ApiError(
         ErrorCode.INTERNAL_ERROR,
         "Something went wrong here, not in your request: the log has the details under this "

@@ -10,7 +10,7 @@ Never lives here: what the requests mean, beyond which of them may be made twice
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -19,7 +19,6 @@ from daemon.http.errors import ApiError, ErrorCode
 from daemon.http.links import (
     NOT_STARTED,
     UNKNOWN,
-    HolderLink,
     Outcome,
     is_listing,
     is_me,
@@ -33,6 +32,12 @@ POLL_S = 0.25
 """A holder that cannot be reached is asked again this often, while nothing else changes."""
 
 
+class AsksHolder(Protocol):
+    """`daemon.http.links.HolderLink`: one try at one holder, without waiting for another."""
+
+    async def ask(self, inbound: Inbound, holder: Holder) -> Answer | Outcome: ...
+
+
 class Relay:
     """Answers what only a holder may answer, wherever the holder is."""
 
@@ -41,7 +46,7 @@ class Relay:
         routes: AsgiApp,
         instance: InstancePort,
         settings: ApiSettings,
-        link: HolderLink,
+        link: AsksHolder,
         *,
         closing: trio.Event,
     ) -> None:

@@ -103,7 +103,7 @@ class InstancePort(Protocol):
         ...
 
     async def list_accounts(self) -> tuple[AccountView, ...]:
-        """The accounts from the shared store. Raises `StoreUnavailable`."""
+        """The accounts from the shared store. Raises `StoreUnavailable`, `StoreMisconfigured`."""
         ...
 
 

@@ -29,7 +29,7 @@ from daemon.http.shapes import (
     restore_json,
     transition_json,
 )
-from machine.ports import StoreUnavailable
+from machine.ports import StoreMisconfigured, StoreUnavailable
 from machine.refusals import Refusal
 from machine.states import State
 
@@ -177,7 +177,7 @@ async def _accounts(api: Api, inbound: Inbound) -> tuple[list[Json], str]:
     with trio.move_on_after(api.settings.status_wait_s):
         try:
             views = await instance.list_accounts()
-        except StoreUnavailable:
+        except (StoreUnavailable, StoreMisconfigured):
             return [], "none"
         return _listed(accounts_json(views, in_memory=False)), "store"
     return [], "none"
