@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import traceback
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -376,6 +378,70 @@ def test_any_bytes_are_readable_or_refused_and_nothing_else(
 ) -> None:
     for parts in ({MAIN_PART: noise}, {MAIN_PART: b"WKAP\x01" + noise}):
         assert_unreadable(codec, parts)
+
+
+# Written once, by the first version of the format: these must stay readable for ever.
+GOLDEN: dict[str, dict[str, str]] = {
+    "encrypted": {
+        "contacts-2": (
+            "V0tBUAEBVjk7PnmjAS4AAAAAAAAAAwAAAAAAAAAHK0Nj3reXRydDVYfWY6nrqGAv97sPQ+fvEB4WR/J9"
+            "HrfjB6wugjf72NmT9tS/UJiTwUTs"
+        ),
+        "main": (
+            "V0tBUAEBVjk7PnmjAS4AAAAAAAAAAwAAAAAAAAAHqzs0utdcflN/rh6Mw57UdwDLfrmaUMiDzWTlR4LK"
+            "5yZDX7hut5/wfgC8xhe7xKrEG1YCUEszcp2npKOiiRKQpzpUfFqPcea6qVgxpoEuOUB1HpwU/4Yb2u/Q"
+            "XWXY9w3KNOsu6qxv8bwJVAKJ5ErJ"
+        ),
+        "pre-keys-0": (
+            "V0tBUAEBVjk7PnmjAS4AAAAAAAAAAwAAAAAAAAAHjAaJZAq5rAIWKOI9r8l5loA8YX+PADrtjYoF0l07"
+            "Yf6KEfG2jur9LVZ8Snk="
+        ),
+    },
+    "plain": {
+        "contacts-2": (
+            "V0tBUAEAAAAAAAAAAAAAAAAAAAAAAwAAAAAAAAAH94ueMxIRyM+2+gEZgbBzZXNzaW9uLTQ5MTUwMC4w"
+            "xAN0d29K2c8J8pcymft8+pAJJB6q"
+        ),
+        "main": (
+            "V0tBUAEAAAAAAAAAAAAAAAAAAAAAAwAAAAAAAAAHR4Qvf/g/X9TlUishk4GlY3JlZHPEB3siYSI6MX2C"
+            "qnByZS1rZXlzLTCTAwfEEJMURzO1geU5tfEf+2xcQtCqY29udGFjdHMtMpMDB8QQStnPCfKXMpn7fPqQ"
+            "CSQeqpDkpkDB2BTvNDUtb/pWdJeV"
+        ),
+        "pre-keys-0": (
+            "V0tBUAEAAAAAAAAAAAAAAAAAAAAAAwAAAAAAAAAHweB5suOBzmtlB0nzgalwcmUta2V5LTHEA29uZZMU"
+            "RzO1geU5tfEf+2xcQtA="
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("written", ["encrypted", "plain"])
+def test_what_the_first_version_wrote_stays_readable(written: str) -> None:
+    parts = {part(each): base64.b64decode(text) for each, text in GOLDEN[written].items()}
+    assert ENCRYPTED.unpack(ANNA, parts) == {
+        name("creds"): b'{"a":1}',
+        name("pre-key-1"): b"one",
+        name("session-491500.0"): b"two",
+    }
+    assert version_of(parts) == Version(3, 7)
+
+
+@BOTH
+def test_authentic_part_that_means_nothing_is_unreadable(codec: PackedAuthCodec) -> None:
+    # `_seal`: no public way leads to such a part; a later version of this program might.
+    parts = write(codec, STATE)
+    for body in (b"", b"\xc1", b"\x93\x80", msgspec.msgpack.encode({"main": b""}), b"\xd9\x01\xff"):
+        main = codec._seal(ANNA, MAIN_PART, body, Version(1, 1))
+        assert_unreadable(codec, {**parts, MAIN_PART: main})
+
+
+@BOTH
+def test_part_is_bound_to_its_name(codec: PackedAuthCodec) -> None:
+    body = msgspec.msgpack.encode([{"creds": b"other"}, {}, []])
+    parts = {MAIN_PART: codec._seal(ANNA, part("pre-keys-0"), body, Version(1, 1))}
+    assert_unreadable(codec, parts)
+    parts = {MAIN_PART: codec._seal(ANNA, MAIN_PART, body, Version(1, 1))}
+    assert codec.unpack(ANNA, parts) == {name("creds"): b"other"}
 
 
 # --- keys and rotation -----------------------------------------------------------------------

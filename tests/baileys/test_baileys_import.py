@@ -28,7 +28,7 @@ from daemon.baileys_import import (
     read_baileys_dir,
     scan_legacy_dir,
 )
-from machine.ports import LegacyAccount, LegacyFault, StoreMisconfigured
+from machine.ports import LegacyAccount, LegacyFault, LegacySource, StoreMisconfigured
 from machine.records import AccountId, KeyChange, KeyName, Version
 from tests.baileys.directories import differences
 
@@ -415,7 +415,8 @@ def test_account_ids_of_different_names_differ() -> None:
 async def test_source_gives_accounts_with_notes_and_faults(legacy: Path) -> None:
     (legacy / "account-0" / SESSION).write_bytes(b"")
     (legacy / "account-1" / "creds.json").write_bytes(b"")
-    account, fault = await LegacyDirectories(legacy).scan()
+    source: LegacySource = LegacyDirectories(legacy)
+    account, fault = await source.scan()
     assert isinstance(account, LegacyAccount)
     assert account.notes[0][0].startswith(f"{SESSION}: is empty")
     assert isinstance(fault, LegacyFault)
