@@ -73,7 +73,7 @@ def create_file(path: Path, schema: Schema) -> None:
         # Another process may have been faster; then its file is the one.
         with contextlib.suppress(FileExistsError):
             os.link(new, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         raise StoreMisconfigured(
             f"cannot create {path}: {error.strerror}. Create the directory, or let this user "
@@ -149,7 +149,7 @@ def translated(error: sqlite3.Error, path: Path) -> StoreUnavailable | StoreMisc
     return StoreUnavailable(f"{path.name}: {error}", code=name)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make a new name in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -124,9 +124,7 @@ def local_world(adapter: str, directory: Path) -> LocalWorld:
     def damage_account(account_id: AccountId) -> None:
         connection = sqlite3.connect(directory / "local.db")
         with connection:
-            connection.execute(
-                "UPDATE accounts SET copy = x'c1' WHERE account_id = ?", (account_id,)
-            )
+            connection.execute("UPDATE copies SET copy = x'c1' WHERE account_id = ?", (account_id,))
         connection.close()
 
     return LocalWorld(lambda: open_local(directory), damage_account)
