@@ -38,11 +38,11 @@ def settings_page() -> str:
         "# Settings",
         "",
         (
-            "Every setting is an environment variable. The first of these that has it wins: the "
-            "environment, a `.env` file in the working directory, the secrets directory "
-            f"(`{SECRETS_DIR_VARIABLE}`: one file a setting, named like the variable), the default. "
-            "`watchkeeper config` prints what is in effect and where each came from; secrets are "
-            "masked."
+            "Every setting is an environment variable. The first of these that has it wins: "
+            "the environment, a `.env` file in the working directory, the secrets directory "
+            f"(`{SECRETS_DIR_VARIABLE}`: one file a setting, named like the variable), the "
+            "default. `watchkeeper config` prints what is in effect and where each came from; "
+            "secrets are masked."
         ),
         "",
         "Secrets belong into files: "
@@ -51,8 +51,8 @@ def settings_page() -> str:
         "file is refused.",
         "",
         (
-            "Numbers that contradict each other are refused at the start, with the sum shown and exit "
-            "code 2."
+            "Numbers that contradict each other are refused at the start, with the sum shown "
+            "and exit code 2."
         ),
         "",
         "| variable | default | bounds | meaning |",
@@ -105,9 +105,9 @@ def state_machine_page() -> str:
         "# State machine",
         "",
         (
-            "What an instance can be, and what moves it. Anything that is not in the second table is "
-            "refused. Also as a picture: `watchkeeper diagram --format svg`; `--diff OLD.json` marks "
-            "what changed since an earlier `--format json`."
+            "What an instance can be, and what moves it. Anything that is not in the second "
+            "table is refused. Also as a picture: `watchkeeper diagram --format svg`; `--diff "
+            "OLD.json` marks what changed since an earlier `--format json`."
         ),
         "",
     ]
@@ -121,9 +121,9 @@ def events_page() -> str:
         "# Events",
         "",
         (
-            "What the log tells, spelled the same in the metric `watchkeeper_events_total{event=…}`. "
-            "With `WATCHKEEPER_LOG_FORMAT=json` every line also has the fields in braces. No event "
-            "holds a secret or the text of a message."
+            "What the log tells, spelled the same in the metric "
+            "`watchkeeper_events_total{event=…}`. With `WATCHKEEPER_LOG_FORMAT=json` every line "
+            "also has the fields in braces. No event holds a secret or the text of a message."
         ),
         "",
         "| event | level | sentence |",

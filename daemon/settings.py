@@ -293,10 +293,10 @@ class Settings(BaseSettings):
         "holder. At least send_wait + lease_attempt.",
     )
     drain_linger_s: float = Field(
-        5.0,
+        2.0,
         ge=0,
         le=300,
-        description="Seconds the API still forwards after the lease was released, before the end.",
+        description="Seconds a released instance still forwards while nobody else holds the lease.",
     )
 
     # --- accounts and messages ---
@@ -423,6 +423,7 @@ class Settings(BaseSettings):
             message_retention_s=self.message_retention_days * 86_400,
             replicate_within_s=self.replicate_within_s,
             warm_every_s=self.warm_every_s,
+            linger_s=self.drain_linger_s,
         )
 
     def stop_s(self) -> float:
