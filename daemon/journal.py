@@ -384,7 +384,11 @@ class LoguruJournal:
             self.metrics.journal_faults.inc()
             kind = EventKind(Level.WARNING, event)
         else:
-            self.metrics.count(event, fields)
+            try:
+                self.metrics.count(event, fields)
+            except (KeyError, ValueError):
+                # A field is missing or wrong; the line is still told, with what there is.
+                self.metrics.journal_faults.inc()
             if event in _EPOCH_EVENTS:
                 self._epoch = int(_number(fields, "epoch")) or self._epoch
         if not self._subscriptions and _SEVERITY[kind.level] < _SEVERITY[self._level]:
