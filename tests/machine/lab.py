@@ -23,7 +23,6 @@ from machine.records import (
     KeyChange,
     KeyName,
     Message,
-    MessageState,
     Stamp,
     Version,
 )
@@ -196,9 +195,3 @@ async def open_lab() -> AsyncIterator[Lab]:
         lab.state.initialise(0)
         yield lab
         nursery.cancel_scope.cancel()
-
-
-async def settled(host: Host, message: Message, state: MessageState) -> None:
-    """Wait for a message to have reached a state in `host`'s term."""
-    while (await host.term.message(message.message_id)).state is not state:
-        await trio.sleep(0.01)
