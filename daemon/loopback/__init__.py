@@ -10,7 +10,8 @@ and the machine get wrong becomes visible here.
 """
 
 from daemon.loopback.behaviour import Behaviour
-from daemon.loopback.connector import LoopbackConnector, LoopbackTiming
+from daemon.loopback.connection import LoopbackTiming
+from daemon.loopback.connector import LoopbackConnector
 from daemon.loopback.routes import loopback_router
 from daemon.loopback.world import LoopbackWorld
 

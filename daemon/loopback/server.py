@@ -7,7 +7,6 @@ Never lives here: threads, tasks and waiting (`connector`, `world`), and the fil
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TypeVar
 from daemon.loopback.behaviour import Behaviour, dump_behaviour, load_behaviour
 from daemon.loopback.database import is_alive, open_database, sweep_signs
 from daemon.loopback.device import Device, Session, phone_of
+from daemon.loopback.mail import Mail, read_mail
 from machine.ports import ConnectionClosed, SendRefused
 from machine.records import AccountId, MessageId
 from machine.refusals import NotAwaitingScan, Refusal
@@ -69,19 +69,6 @@ class Fate:
     readable: bool
     lost: bool
     behaviour: Behaviour
-
-
-@dataclass(frozen=True, slots=True)
-class Mail:
-    """What a bridge is told about one of its connections: `closed` or `scanned`."""
-
-    seq: int
-    connection_id: str
-    kind: str
-    code: int = 0
-    detail: str = ""
-    expire_s: float | None = None
-    phone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +379,7 @@ class LoopbackServer:
             " WHERE bridge_id = ? AND connection_id = ? AND kind = 'closed' LIMIT 1",
             (place.bridge_id, place.connection_id),
         ).fetchone()
-        mail = _mail(row) if row else Mail(0, place.connection_id, "closed", 440, "replaced")
+        mail = read_mail(row) if row else Mail(0, place.connection_id, "closed", 440, "replaced")
         raise ConnectionClosed(mail.code, mail.detail, expire_s=mail.expire_s)
 
     # --- messages ----------------------------------------------------------------------------
@@ -552,49 +539,6 @@ class LoopbackServer:
         return int(self._database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608 (our own names)
 
 
-class Mailbox:
-    """A bridge's mail, watched through a database connection of its own.
-
-    For one thread at a time.
-    """
-
-    def __init__(self, directory: Path, bridge_id: str) -> None:
-        self._bridge_id = bridge_id
-        self._database = open_database(directory)
-        self._version = -1
-        self._seq = 0
-
-    def close(self) -> None:
-        self._database.close()
-
-    def wait_for_mail(self, stopping: threading.Event, every_s: float) -> tuple[Mail, ...]:
-        """Block until mail comes, or until `stopping` is set: then there is none.
-
-        Raises `sqlite3.Error`.
-        """
-        while not stopping.wait(every_s):
-            mails = self.collect()
-            if mails:
-                return mails
-        return ()
-
-    def collect(self) -> tuple[Mail, ...]:
-        """The mail that came since the last call. Raises `sqlite3.Error`."""
-        # Costs no query while nobody has written: a counter in the write-ahead log's index.
-        version = self._database.execute("PRAGMA data_version").fetchone()[0]
-        if version == self._version:
-            return ()
-        rows = self._database.execute(
-            "SELECT seq, connection_id, kind, body FROM mail"
-            " WHERE bridge_id = ? AND seq > ? ORDER BY seq",
-            (self._bridge_id, self._seq),
-        ).fetchall()
-        self._version = version
-        mails = tuple(_mail(row) for row in rows)
-        self._seq = mails[-1].seq if mails else self._seq
-        return mails
-
-
 def _arrival(row: tuple[int, str, str, str, str, float, int, int]) -> Arrival:
     return Arrival(
         seq=row[0],
@@ -617,7 +561,3 @@ def _require_well_formed(envelope: Envelope) -> None:
         # JSON can spell half a character ("\\ud800"); neither SQLite nor the wire can. The cause
         # would show the text.
         raise SendRefused(479, "malformed stanza: the text is not Unicode") from None
-
-
-def _mail(row: tuple[int, str, str, str]) -> Mail:
-    return Mail(row[0], row[1], row[2], **json.loads(row[3]))

@@ -1,4 +1,4 @@
-"""A process of its own that logs an account in and says what becomes of it."""
+"""A process of its own that logs an account in, sends if told to, and says what becomes of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 
 from daemon.loopback import LoopbackConnector
 from machine.ports import Connected, ConnectionClosed
-from machine.records import AccountId, KeyName
+from machine.records import AccountId, KeyName, MessageId
 
 
 async def main(keys: dict[KeyName, bytes]) -> None:
@@ -23,6 +23,12 @@ async def main(keys: dict[KeyName, bytes]) -> None:
             while True:
                 if isinstance(await connection.next_event(), Connected):
                     print("connected", flush=True)
+                    break
+            for number in range(int(sys.argv[2])):
+                await connection.send_text(MessageId(str(number)), "4915187654321", "x")
+                print(f"acknowledged {number}", flush=True)
+            while True:
+                await connection.next_event()
         except ConnectionClosed as closed:
             print(f"closed with {closed.code}", flush=True)
 

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from daemon.loopback import LoopbackConnector, LoopbackTiming, LoopbackWorld
+from daemon.loopback.device import CREDS
 from machine.ports import ConnectionClosed
 from tests.loopback.conftest import QUICK
 from tests.loopback.steps import (
@@ -25,8 +26,6 @@ from tests.loopback.steps import (
     message_id,
     pair,
 )
-
-LINE_BYTES_MAX = 4096
 
 
 async def test_a_second_login_evicts_the_first_with_440(
@@ -122,6 +121,20 @@ async def test_a_removed_device_ends_with_401_and_stays_out(
                 pytest.fail("logged in")
 
 
+async def test_a_device_whose_secret_is_not_the_paired_one_stays_out_and_evicts_nobody(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        creds = json.loads(keys[CREDS])
+        forged = {CREDS: json.dumps({**creds, "secret": "Zm9yZ2Vk"}).encode()}
+        async with logged_in(bridge, keys) as connection:
+            with pytest.raises(ConnectionClosed, match="401"):
+                async with bridge.open_connection(ANNA, forged):
+                    pytest.fail("logged in")
+            await connection.send_text(message_id(1), TO, "not disturbed")
+
+
 async def test_logging_out_removes_the_device(
     connector: LoopbackConnector, world: LoopbackWorld
 ) -> None:
@@ -167,17 +180,19 @@ async def read_line(process: trio.Process) -> str:
     line = b""
     with trio.fail_after(20):
         while not line.endswith(b"\n"):
-            more = await process.stdout.receive_some(LINE_BYTES_MAX)
+            more = await process.stdout.receive_some(1)
             assert more, f"the other process ended after {line!r}"
             line += more
     return line.decode().strip()
 
 
 @asynccontextmanager
-async def other_process(directory: Path, keys: Keys) -> AsyncIterator[trio.Process]:
-    """Another process in which the account is connected."""
+async def other_process(
+    directory: Path, keys: Keys, *, sends: int = 0
+) -> AsyncIterator[trio.Process]:
+    """Another process in which the account is connected, and which then sends."""
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", "tests.loopback.other_process", str(directory)],
+        [sys.executable, "-m", "tests.loopback.other_process", str(directory), str(sends)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -223,3 +238,17 @@ async def test_another_process_is_evicted_and_a_killed_one_is_not(
     async with connector.open_bridge():
         signs = await trio.to_thread.run_sync(os.listdir, directory / "bridges")
     assert len(signs) == 1, "the dead leave no sign"
+
+
+async def test_what_was_acknowledged_survives_the_kill_of_its_sender(
+    connector: LoopbackConnector, world: LoopbackWorld, directory: Path
+) -> None:
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+    async with other_process(directory, keys, sends=100_000) as sender:
+        while (line := await read_line(sender)) != "acknowledged 50":
+            assert "acknowledged" in line
+        sender.kill()
+        await sender.wait()
+    arrived = [each.message_id for each in (await world.list_messages(raw=True)).arrivals]
+    assert arrived[:51] == [str(number) for number in range(51)]

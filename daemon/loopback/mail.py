@@ -1,0 +1,74 @@
+"""What the server tells a bridge about its connections, in whichever process it is.
+
+Lives here: the mail and the box that it is read from. The server writes it (`server`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.loopback.database import open_database
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """What a bridge is told about one of its connections: `closed` or `scanned`."""
+
+    seq: int
+    connection_id: str
+    kind: str
+    code: int = 0
+    detail: str = ""
+    expire_s: float | None = None
+    phone: str = ""
+
+
+def read_mail(row: tuple[int, str, str, str]) -> Mail:
+    """Mail from its row: seq, connection, kind, and the rest as JSON."""
+    return Mail(row[0], row[1], row[2], **json.loads(row[3]))
+
+
+class Mailbox:
+    """A bridge's mail, watched through a database connection of its own.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, directory: Path, bridge_id: str) -> None:
+        self._bridge_id = bridge_id
+        self._database = open_database(directory)
+        self._version = -1
+        self._seq = 0
+
+    def close(self) -> None:
+        self._database.close()
+
+    def wait_for_mail(self, stopping: threading.Event, every_s: float) -> tuple[Mail, ...]:
+        """Block until mail comes, or until `stopping` is set: then there is none.
+
+        Raises `sqlite3.Error`.
+        """
+        while not stopping.wait(every_s):
+            mails = self.collect()
+            if mails:
+                return mails
+        return ()
+
+    def collect(self) -> tuple[Mail, ...]:
+        """The mail that came since the last call. Raises `sqlite3.Error`."""
+        # Costs no query while nobody has written: a counter in the write-ahead log's index.
+        version = self._database.execute("PRAGMA data_version").fetchone()[0]
+        if version == self._version:
+            return ()
+        rows = self._database.execute(
+            "SELECT seq, connection_id, kind, body FROM mail"
+            " WHERE bridge_id = ? AND seq > ? ORDER BY seq",
+            (self._bridge_id, self._seq),
+        ).fetchall()
+        self._version = version
+        mails = tuple(read_mail(row) for row in rows)
+        self._seq = mails[-1].seq if mails else self._seq
+        return mails
