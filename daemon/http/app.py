@@ -102,7 +102,9 @@ async def serve_api(
                     # The sockets queue callers already: whoever is told now may ask now.
                     task_status.started(listening.address)
                     await server.serve(
-                        listening, shutdown=trio.Event() if shutdown is None else shutdown, closing=closing
+                        listening,
+                        shutdown=trio.Event() if shutdown is None else shutdown,
+                        closing=closing,
                     )
                 finally:
                     nursery.cancel_scope.cancel()
@@ -123,7 +125,9 @@ async def serve_metrics(
     server = Server(_metrics_app(render_metrics), _limits(settings), note)
     task_status.started(listening.address)
     try:
-        await server.serve(listening, shutdown=trio.Event() if shutdown is None else shutdown, closing=trio.Event())
+        await server.serve(
+            listening, shutdown=trio.Event() if shutdown is None else shutdown, closing=trio.Event()
+        )
     finally:
         listening.close()
 

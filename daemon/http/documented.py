@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from daemon.http import models
 from daemon.http.errors import MEANINGS, RETRY_AFTER_S, ErrorCode
 from daemon.http.models import ErrorAnswer
 
@@ -90,6 +91,11 @@ def document(app: FastAPI) -> dict[str, Any]:
             if path.startswith("/api/") or path == "/metrics":
                 operation["security"] = [{"bearer": []}]
     schemas = schema["components"]["schemas"]
+    for name, described in schemas.items():
+        extra = getattr(getattr(models, name, None), "model_config", {}).get("json_schema_extra")
+        if extra is not None:
+            # FastAPI drops what is null in an example, and the example then lacks a field.
+            described["examples"] = extra["examples"]
     schemas.pop("HTTPValidationError", None)
     schemas.pop("ValidationError", None)
     schema["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}

@@ -5,10 +5,12 @@ Never lives here: waiting for another holder, or a second try (`daemon.http.forw
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Final
 from urllib.parse import quote
 
@@ -94,7 +96,7 @@ async def open_links(settings: ApiSettings) -> AsyncIterator[Links]:
     )
     fresh = httpx.Limits(max_connections=count, max_keepalive_connections=0)
     timeout = httpx.Timeout(None, connect=settings.connect_s, pool=settings.connect_s)
-    trust = httpx.create_ssl_context(trust_env=False)
+    trust = _trust()
 
     def client(limits: httpx.Limits) -> httpx.AsyncClient:
         return httpx.AsyncClient(
@@ -103,6 +105,12 @@ async def open_links(settings: ApiSettings) -> AsyncIterator[Links]:
 
     async with client(kept) as kept_client, client(fresh) as fresh_client:
         yield Links(kept=kept_client, fresh=fresh_client)
+
+
+@cache
+def _trust() -> ssl.SSLContext:
+    # Reading the certificates takes a tenth of a second; they are the same for every link.
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def is_me(holder: Holder, identity: Identity) -> bool:

@@ -114,7 +114,14 @@ async def get_diagram(
     return Response(drawn, media_type=media_type)
 
 
-@health_router.get("/metrics", response_class=Response, responses=errors(ErrorCode.NOT_FOUND))
+@health_router.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        200: file_answer("Prometheus' text format", "text/plain"),
+        **errors(ErrorCode.NOT_FOUND),
+    },
+)
 async def get_metrics(request: Request) -> Response:
     """Prometheus' text format. With the token here; without on the metrics listener, if any."""
     render = api_of(request).render_metrics
