@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -539,7 +539,9 @@ def show_account_qr(
     say(f"{found['accountId']}: {found['status']}")
 
 
-def _wait_connected(remote: Remote, account: str, wait_s: float) -> dict[str, Any]:
+def _wait_connected(
+    remote: Remote, account: str, wait_s: float, *, pause: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
     """Show each new QR code until the account is connected.
 
     Exits with `WAITED` after `wait_s`, with `REFUSED` when the account has come to a dead end.
@@ -569,7 +571,7 @@ def _wait_connected(remote: Remote, account: str, wait_s: float) -> dict[str, An
             # No code now (it is being made, or was scanned), or nobody ACTIVE for a moment.
             if refused.status not in {409, 503}:
                 raise
-        time.sleep(POLL_S)
+        pause(POLL_S)
     complain(f"{account} was not connected within {wait_s:g} s. Again: watchkeeper accounts qr")
     raise typer.Exit(Exit.WAITED)
 

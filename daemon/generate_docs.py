@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Le
 
 from daemon.diagram import Format, render
 from daemon.http.events import HTTP_EVENTS
+from daemon.main import DAEMON_EVENTS
 from daemon.settings import SECRET_FIELDS, SECRETS_DIR_VARIABLE, Settings, variable_of
 from machine.events import EVENTS
 
@@ -115,9 +116,9 @@ def state_machine_page() -> str:
 
 
 def events_page() -> str:
-    """Every event, from the tables of the machine and of the HTTP layer."""
+    """Every event, from the tables of the machine, the HTTP layer and the composition root."""
     lines = [
-        MADE_FROM.format(source="`machine/events.py` and `daemon/http/events.py`"),
+        MADE_FROM.format(source="the events of `machine`, `daemon/http` and `daemon/main.py`"),
         "# Events",
         "",
         (
@@ -131,7 +132,7 @@ def events_page() -> str:
     ]
     lines += [
         f"| `{name}` | {kind.level.value} | {_cell(kind.text)} |"
-        for name, kind in {**EVENTS, **HTTP_EVENTS}.items()
+        for name, kind in {**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS}.items()
     ]
     return "\n".join(lines) + "\n"
 

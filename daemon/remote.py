@@ -43,13 +43,10 @@ class BadTarget(Exception):
 
 def local_address(settings: Settings) -> str:
     """Where the instance with these settings answers on this host."""
-    url = settings.address()
-    host = urlsplit(url).hostname or ""
-    return (
-        url.replace("[::]", "[::1]").replace(host, "127.0.0.1")
-        if (host in UNSPECIFIED_HOSTS)
-        else url
-    )
+    host, port = settings.host_port
+    if settings.advertise_url is None and host in UNSPECIFIED_HOSTS:
+        return f"http://{'[::1]' if ':' in host else '127.0.0.1'}:{port}"
+    return settings.address()
 
 
 def read_token(settings: Settings, token_file: Path | None) -> str | None:
@@ -82,6 +79,8 @@ class Remote:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
+            # Reading the certificates takes longer than most answers: not for plain HTTP.
+            verify=parts.scheme == "https",
             trust_env=False,
             follow_redirects=False,
         )

@@ -144,61 +144,61 @@ class Settings(BaseSettings):
 
     # --- who and where ---
     group: Name = Field(
-        "default",
+        default="default",
         description="Which lease and which accounts. Instances of one group compete for one "
         "lease; more groups scale out.",
     )
     instance_name: Name = Field(
-        "",
+        default="",
         description="This instance's name in the log, the lease and the dashboard. Must differ "
         "between instances of a group. Default: host name and port.",
     )
     store: StoreKind = Field(
-        StoreKind.SQLITE,
+        default=StoreKind.SQLITE,
         description="Where the lease and the accounts are shared: `sqlite` (instances on one "
         "host) or `firestore`.",
     )
     connector: ConnectorKind = Field(
-        ConnectorKind.LOOPBACK,
+        default=ConnectorKind.LOOPBACK,
         description="What connects accounts: `loopback` (a small WhatsApp of our own, for trying "
         "out) or `baileys` (the real one).",
     )
     production: bool = Field(
-        False,
+        default=False,
         description="Refuse what belongs to a workbench: the Firestore emulator and the loopback "
         "connector.",
     )
     state_dir: Path = Field(
-        Path(),
+        default=Path(),
         description="Directory of this instance's own copy (credentials, keys, transitions). One "
         "process at a time. Default: `.watchkeeper/` and the instance's name.",
     )
     shared_dir: Path = Field(
-        Path(".watchkeeper/shared"),
+        default=Path(".watchkeeper/shared"),
         description="Directory of the shared SQLite file, with `WATCHKEEPER_STORE=sqlite`.",
     )
     loopback_dir: Path = Field(
-        Path(),
+        default=Path(),
         description="Directory of the loopback connector's own state, shared between instances. "
         "Default: `loopback` in the shared directory.",
     )
     legacy_sessions_dir: Path | None = Field(
-        None,
+        default=None,
         description="Directory with Baileys multi-file sessions, one directory an account, that "
         "a restore imports when no store knows them. Never modified.",
     )
 
     # --- Firestore ---
     firestore_project: str | None = Field(
-        None,
+        default=None,
         max_length=64,
         description="Google Cloud project, with `WATCHKEEPER_STORE=firestore`.",
     )
     firestore_database: str = Field(
-        "(default)", min_length=1, max_length=64, description="Firestore database id."
+        default="(default)", min_length=1, max_length=64, description="Firestore database id."
     )
     firestore_emulator_host: str | None = Field(
-        None,
+        default=None,
         validation_alias="FIRESTORE_EMULATOR_HOST",
         description="host:port of a Firestore emulator (Google's own variable, no prefix). "
         "Refused with `WATCHKEEPER_PRODUCTION=true`.",
@@ -206,67 +206,85 @@ class Settings(BaseSettings):
 
     # --- HTTP ---
     http_bind: Bind = Field(
-        "127.0.0.1:8080", description="host:port on which the API listens; port 0 picks a free one."
+        default="127.0.0.1:8080",
+        description="host:port on which the API listens; port 0 picks a free one.",
     )
     advertise_url: Url | None = Field(
-        None,
+        default=None,
         description="Where the other instances reach this API. Needed when the API listens on "
         "every interface. Default: from the bind address.",
     )
     metrics_bind: Bind | None = Field(
-        None,
+        default=None,
         description="host:port of a listener of its own for `/metrics`, without a token. Default: "
         "none; `/metrics` is then on the API, behind the token.",
     )
     http_connections_max: int = Field(
-        12_000, ge=10, le=100_000, description="Open connections; further ones are answered 503."
+        default=12_000,
+        ge=10,
+        le=100_000,
+        description="Open connections; further ones are answered 503.",
     )
     http_body_bytes_max: int = Field(
-        256 * 1024, ge=1024, le=16 * 1024 * 1024, description="Bytes in a request's body, then 413."
+        default=256 * 1024,
+        ge=1024,
+        le=16 * 1024 * 1024,
+        description="Bytes in a request's body, then 413.",
     )
     forward_connections_max: int = Field(
-        256, ge=1, le=10_000, description="Connections kept to the holder for forwarded requests."
+        default=256,
+        ge=1,
+        le=10_000,
+        description="Connections kept to the holder for forwarded requests.",
     )
 
     # --- secrets ---
     admin_token: SecretStr | None = Field(
-        None,
+        default=None,
         description="The callers' bearer token, at least 16 characters. Several, one a line, are "
         "all accepted (for rotation); the first is the one that our own commands send.",
     )
-    admin_token_file: Path | None = Field(None, description="File to read the admin token from.")
+    admin_token_file: Path | None = Field(
+        default=None, description="File to read the admin token from."
+    )
     encryption_key: SecretStr | None = Field(
-        None,
+        default=None,
         description="Key for credentials at rest: base64 of 32 bytes, as `watchkeeper keygen` "
         "prints it. Required with Firestore.",
     )
     encryption_key_file: Path | None = Field(
-        None, description="File to read the encryption key from."
+        default=None, description="File to read the encryption key from."
     )
     encryption_keys_old: SecretStr | None = Field(
-        None,
+        default=None,
         description="Former encryption keys, one a line: still read, no longer written (rotation).",
     )
     encryption_keys_old_file: Path | None = Field(
-        None, description="File to read the former encryption keys from."
+        default=None, description="File to read the former encryption keys from."
     )
 
     # --- the lease ---
     lease_ttl_s: float = Field(
-        15.0,
+        default=15.0,
         ge=1,
         le=600,
         description="Seconds without a renewal after which another instance may take over. At "
         "least renew + 2 x attempt + margin.",
     )
     lease_renew_s: float = Field(
-        5.0, ge=1, le=300, description="Seconds between renewals (Firestore: one write a second)."
+        default=5.0,
+        ge=1,
+        le=300,
+        description="Seconds between renewals (Firestore: one write a second).",
     )
     lease_attempt_s: float = Field(
-        2.0, ge=0.1, le=60, description="Seconds that one attempt to renew or acquire may take."
+        default=2.0,
+        ge=0.1,
+        le=60,
+        description="Seconds that one attempt to renew or acquire may take.",
     )
     lease_margin_s: float = Field(
-        1.5,
+        default=1.5,
         ge=0.1,
         le=60,
         description="Seconds before the ttl is over at which the holder stops acting.",
@@ -274,26 +292,26 @@ class Settings(BaseSettings):
 
     # --- handing over ---
     handoff_wait_s: float = Field(
-        10.0,
+        default=10.0,
         ge=2,
         le=120,
         description="Seconds a request waits for a new holder, then 503 `no_active_instance`.",
     )
     send_wait_s: float = Field(
-        5.0,
+        default=5.0,
         ge=0,
         le=60,
         description="Seconds a send waits for the server's ack, then 202 instead of 200.",
     )
     drain_s: float = Field(
-        20.0,
+        default=20.0,
         gt=0,
         le=600,
         description="Seconds a drain waits for messages in flight; the rest goes to the next "
         "holder. At least send_wait + lease_attempt.",
     )
     drain_linger_s: float = Field(
-        2.0,
+        default=2.0,
         ge=0,
         le=300,
         description="Seconds a released instance still forwards while nobody else holds the lease.",
@@ -301,51 +319,58 @@ class Settings(BaseSettings):
 
     # --- accounts and messages ---
     durability: Durability = Field(
-        Durability.REMOTE,
+        default=Durability.REMOTE,
         description="A key change counts when the shared store has it (`remote`) or when this "
         "host's disk has it (`local`: one host with a persistent volume).",
     )
     replicate_within_s: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         le=60,
         description="Seconds after which the shared store has a change, with durability `local`.",
     )
     restore_try_s: float = Field(
-        20.0, gt=0, le=600, description="Seconds for one try to read all accounts of one store."
+        default=20.0,
+        gt=0,
+        le=600,
+        description="Seconds for one try to read all accounts of one store.",
     )
     restore_give_up_s: float = Field(
-        120.0,
+        default=120.0,
         gt=0,
         le=3600,
         description="Seconds after which the instance steps down when neither store can be read.",
     )
     open_concurrency: int = Field(
-        50, ge=1, le=1000, description="Accounts that are being opened at once."
+        default=50, ge=1, le=1000, description="Accounts that are being opened at once."
     )
     open_try_s: float = Field(
-        30.0, gt=0, le=300, description="Seconds from opening an account to connected, each try."
+        default=30.0,
+        gt=0,
+        le=300,
+        description="Seconds from opening an account to connected, each try.",
     )
     outbox_per_account_max: int = Field(
-        1000, ge=1, le=100_000, description="Pending messages of an account, then 429."
+        default=1000, ge=1, le=100_000, description="Pending messages of an account, then 429."
     )
     message_retention_days: float = Field(
-        7.0, gt=0, le=365, description="Days that settled messages are kept for status."
+        default=7.0, gt=0, le=365, description="Days that settled messages are kept for status."
     )
     warm_every_s: float = Field(
-        3600.0,
+        default=3600.0,
         ge=10,
         le=86_400,
         description="Seconds between refreshes of a standby's copy (each reads every account).",
     )
-    node: str = Field("node", description="The Node.js program, with connector `baileys`.")
+    node: str = Field(default="node", description="The Node.js program, with connector `baileys`.")
 
     # --- telling ---
     log_format: LogFormat = Field(
-        LogFormat.TEXT, description="`text` for people, `json` for one object a line."
+        default=LogFormat.TEXT, description="`text` for people, `json` for one object a line."
     )
     log_level: Level = Field(
-        Level.INFO, description="The quietest level that is logged: debug, info, warning, error."
+        default=Level.INFO,
+        description="The quietest level that is logged: debug, info, warning, error.",
     )
 
     @classmethod
