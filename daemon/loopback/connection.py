@@ -58,8 +58,9 @@ class LoopbackTiming:
     qr_next_s: float = 20.0
     qr_refs: int = 6
     code_s: float = 180.0
-    watch_every_s: float = 0.05
-    """How soon, at the latest, a connection hears of an eviction, a cut or a scan."""
+    watch_every_s: float = 1.0
+    """An eviction, a cut or a scan is heard of at once; at the latest after this long, when the
+    process that did it was killed before it could ring."""
 
     def __post_init__(self) -> None:
         if min(self.qr_first_s, self.qr_next_s, self.code_s, self.watch_every_s) <= 0:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -257,25 +256,17 @@ class LoopbackBridge:
 
         Trouble with the database is left to those who send: the next look may succeed.
         """
-        stopping = threading.Event()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_set_when_cancelled, stopping)
-            while True:
-                # One thread that sleeps and looks costs a quarter of a task that does.
-                with suppress(sqlite3.Error):
-                    mails = await trio.to_thread.run_sync(
-                        self._line.mailbox.wait_for_mail,
-                        stopping,
-                        self.timing.watch_every_s,
-                        limiter=self._watch_limiter,
-                    )
-                    self._hand_out(mails)
-
-    def _hand_out(self, mails: tuple[Mail, ...]) -> None:
-        for mail in mails:
-            self._hand_over(mail)
-        if mails:
-            self._discard(mails[-1].seq)
+        while True:
+            with trio.move_on_after(self.timing.watch_every_s):
+                await self._line.presence.wait_rung()
+            with suppress(sqlite3.Error):
+                mails = await trio.to_thread.run_sync(
+                    self._line.mailbox.collect, limiter=self._watch_limiter
+                )
+                for mail in mails:
+                    self._hand_over(mail)
+                if mails:
+                    self._discard(mails[-1].seq)
 
     def _hand_over(self, mail: Mail) -> None:
         connection = self._connections.get(mail.connection_id)
@@ -288,13 +279,6 @@ class LoopbackBridge:
 
     def _discard(self, seq: int) -> None:
         self._put(_Request(lambda server: server.discard_mail(self._bridge_id, seq)))
-
-
-async def _set_when_cancelled(stopping: threading.Event) -> None:
-    try:
-        await trio.sleep_forever()
-    finally:
-        stopping.set()
 
 
 def _answer(request: _Request, result: object, error: Exception | None) -> None:

@@ -1,6 +1,6 @@
-"""The file that all instances of a host share, and how they see whether each other is alive.
+"""The file that all instances of a host share, and how they see and wake each other.
 
-Lives here: opening `loopback.db`, its tables, and the signs of life of bridges.
+Lives here: opening `loopback.db`, its tables, the signs of life of bridges, and their bells.
 Never lives here: what the rows mean (`daemon.loopback.server`).
 
 `synchronous=NORMAL` in WAL mode: what was committed survives the death of any process. A crash of
@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import trio
+
 BUSY_S = 1.0
 """How long one instance waits for another's transaction. Transactions take a few milliseconds."""
 
@@ -26,6 +28,8 @@ PAGES_MAX = 524_288
 FORMAT = 1
 
 UNNAMED = ".new"
+BELL = ".bell"
+RINGS_MAX = 4096
 STARTING_S = 60.0
 
 _TABLES = """
@@ -130,6 +134,7 @@ class Presence:
 
     The kernel drops the flock with the process, so a bridge whose process was killed is seen as
     gone at once, as a server sees its connections reset. A stopped process still counts as alive.
+    Beside it is a bell, a FIFO that whoever has mail for the bridge writes to (`ring`).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -140,12 +145,23 @@ class Presence:
         unnamed = self._path.with_suffix(UNNAMED)
         self._fd = os.open(unnamed, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
+        bell = self._path.with_suffix(BELL)
+        os.mkfifo(bell, 0o600)
+        # For writing too: a FIFO whose last writer has gone would stay readable for ever.
+        self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         unnamed.rename(self._path)
+
+    async def wait_rung(self) -> None:
+        """Wait until there may be mail. Spurious rings happen; rings in a row are one."""
+        await trio.lowlevel.wait_readable(self._bell)
+        with suppress(BlockingIOError):
+            os.read(self._bell, RINGS_MAX)
 
     def close(self) -> None:
         """Be gone, for everyone, when this returns."""
-        self._path.unlink(missing_ok=True)
+        _remove_sign(self._path)
         os.close(self._fd)
+        os.close(self._bell)
 
 
 def is_alive(directory: Path, bridge_id: str) -> bool:
@@ -161,19 +177,44 @@ def is_alive(directory: Path, bridge_id: str) -> bool:
     except BlockingIOError:
         return True
     else:
-        path.unlink(missing_ok=True)
+        _remove_sign(path)
         return False
     finally:
         os.close(fd)
+
+
+def ring(directory: Path, bridge_id: str) -> None:
+    """Wake a bridge: it has mail. One that is gone is not missed."""
+    # A bell that is gone, has no listener, or is full of rings already: nothing to add.
+    with suppress(OSError):
+        fd = os.open(
+            _sign(directory, bridge_id).with_suffix(BELL),
+            os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC,
+        )
+        try:
+            os.write(fd, b"!")
+        finally:
+            os.close(fd)
 
 
 def sweep_signs(directory: Path) -> None:
     """Remove the signs of bridges whose processes were killed."""
     with suppress(FileNotFoundError):
         for path in (directory / "bridges").iterdir():
-            # One that has no flock yet may be a bridge that is just starting.
-            if path.suffix != UNNAMED or time.time() - path.stat().st_mtime > STARTING_S:
+            if not path.suffix:
                 is_alive(directory, path.name)
+            elif not path.with_suffix("").exists() and _age_s(path) > STARTING_S:
+                # Left by a bridge that was killed while it started.
+                path.unlink(missing_ok=True)
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+def _remove_sign(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_suffix(BELL).unlink(missing_ok=True)
 
 
 def _sign(directory: Path, bridge_id: str) -> Path:

@@ -6,7 +6,6 @@ Lives here: the mail and the box that it is read from. The server writes it (`se
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,17 +44,6 @@ class Mailbox:
 
     def close(self) -> None:
         self._database.close()
-
-    def wait_for_mail(self, stopping: threading.Event, every_s: float) -> tuple[Mail, ...]:
-        """Block until mail comes, or until `stopping` is set: then there is none.
-
-        Raises `sqlite3.Error`.
-        """
-        while not stopping.wait(every_s):
-            mails = self.collect()
-            if mails:
-                return mails
-        return ()
 
     def collect(self) -> tuple[Mail, ...]:
         """The mail that came since the last call. Raises `sqlite3.Error`."""

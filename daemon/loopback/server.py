@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from daemon.loopback.behaviour import Behaviour, dump_behaviour, load_behaviour
-from daemon.loopback.database import is_alive, open_database, sweep_signs
+from daemon.loopback.database import is_alive, open_database, ring, sweep_signs
 from daemon.loopback.device import Device, Session, phone_of
 from daemon.loopback.mail import Mail, read_mail
 from machine.ports import ConnectionClosed, SendRefused
@@ -126,6 +126,7 @@ class LoopbackServer:
         self._behaviours: dict[str, Behaviour] = {}
         self._behaviours_seen = -1
         self._grown: set[str] = set()
+        self._addressed: set[str] = set()
 
     def close(self) -> None:
         self._database.close()
@@ -144,11 +145,15 @@ class LoopbackServer:
             answers = [self._attempt(action) for action in actions]
             self._prune()
             self._database.execute("COMMIT")
+            # Only now can they see their mail.
+            for bridge_id in self._addressed:
+                ring(self._directory, bridge_id)
             return answers
         finally:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
                 self._behaviours_seen = -1
+            self._addressed.clear()
 
     def _attempt(self, action: Action[object]) -> Answer:
         try:
@@ -353,6 +358,7 @@ class LoopbackServer:
     # --- mail to the bridges -----------------------------------------------------------------
 
     def _post(self, bridge_id: str, connection_id: str, kind: str, **body: object) -> None:
+        self._addressed.add(bridge_id)
         self._database.execute(
             "INSERT INTO mail (bridge_id, connection_id, kind, body) VALUES (?, ?, ?, ?)",
             (bridge_id, connection_id, kind, json.dumps(body)),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import trio
 
 from daemon.loopback import LoopbackConnector, LoopbackTiming, LoopbackWorld
-from daemon.loopback.device import CREDS
+from daemon.loopback.device import CREDS, Device, new_session
+from daemon.loopback.server import Envelope, LoopbackServer, Place
 from machine.ports import ConnectionClosed
 from tests.loopback.conftest import QUICK
 from tests.loopback.steps import (
@@ -43,23 +45,37 @@ async def test_a_second_login_evicts_the_first_with_440(
     assert [each.account_id for each in evictions] == [ANNA]
 
 
-async def test_an_evicted_connection_cannot_send_even_before_it_hears_of_it(
+def test_an_evicted_connection_cannot_send_even_before_it_hears_of_it(directory: Path) -> None:
+    server = LoopbackServer(directory, time.time)
+    device = Device("device", "proof", "491", adopted=True)
+    old, new = (Place(ANNA, "bridge", name) for name in ("old", "new"))
+    envelope = Envelope(message_id(1), TO, "x", new_session())
+    answers = server.perform(
+        [
+            lambda server: server.log_in(old, device),
+            lambda server: server.log_in(new, device),
+            lambda server: server.deliver(old, "device", envelope),
+        ]
+    )
+    refused = answers[2][1]
+    assert isinstance(refused, ConnectionClosed)
+    assert refused.code == 440
+    assert server.list_messages(None, raw=True, after=0, limit=1).arrivals == ()
+    server.close()
+
+
+async def test_an_unrung_bell_delays_mail_and_loses_none(
     directory: Path, world: LoopbackWorld
 ) -> None:
-    deaf = LoopbackConnector(directory, timing=LoopbackTiming(watch_every_s=60))
-    async with deaf.open_bridge() as first, deaf.open_bridge() as second:
-        keys = await pair_by_another(directory, world)
-        async with logged_in(first, keys) as old, logged_in(second, keys):
-            with pytest.raises(ConnectionClosed) as closed:
-                await old.send_text(message_id(1), TO, "too late")
-            assert closed.value.code == 440
-            assert (await expect_closed(old)).code == 440
-    assert (await world.list_messages(raw=True)).arrivals == ()
-
-
-async def pair_by_another(directory: Path, world: LoopbackWorld) -> Keys:
-    async with LoopbackConnector(directory, timing=QUICK).open_bridge() as bridge:
-        return await pair(bridge, world)
+    connector = LoopbackConnector(directory, timing=LoopbackTiming(watch_every_s=0.05))
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        async with logged_in(bridge, keys) as connection:
+            for bell in await trio.Path(directory / "bridges").glob("*.bell"):
+                await bell.unlink()
+            await world.cut(ANNA)
+            with trio.fail_after(1):
+                assert (await expect_closed(connection)).code == 428
 
 
 async def test_a_second_login_in_the_same_bridge_evicts_too(
@@ -237,7 +253,7 @@ async def test_another_process_is_evicted_and_a_killed_one_is_not(
                 assert (await world.list_evictions())[0] == 2
     async with connector.open_bridge():
         signs = await trio.to_thread.run_sync(os.listdir, directory / "bridges")
-    assert len(signs) == 1, "the dead leave no sign"
+    assert len(signs) == 2, "the dead leave neither sign nor bell"
 
 
 async def test_what_was_acknowledged_survives_the_kill_of_its_sender(

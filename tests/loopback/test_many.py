@@ -106,5 +106,5 @@ async def test_a_thousand_idle_connections_wake_nobody(directory: Path) -> None:
         await trio.sleep(0.5)
         share = (time.process_time() - used) / (time.monotonic() - began)
         nursery.cancel_scope.cancel()
-    # Measured 0.3 to 0.9 % of a core. A watcher for each connection would want several cores.
-    assert share < 0.05
+    # Measured 0.3 % of a core. A watcher that looks 20 times a second takes 1 %.
+    assert share < 0.03

@@ -48,7 +48,7 @@ async def test_the_restart_waits_until_the_keys_are_stored(
 
 
 async def test_qr_codes_rotate_and_run_out(directory: Path) -> None:
-    timing = LoopbackTiming(qr_first_s=0.06, qr_next_s=0.02, qr_refs=3, watch_every_s=0.005)
+    timing = LoopbackTiming(qr_first_s=0.06, qr_next_s=0.02, qr_refs=3)
     connector = LoopbackConnector(directory, timing=timing)
     shown: list[QrShown] = []
     async with connector.open_bridge() as bridge, bridge.open_connection(ANNA, None) as connection:
@@ -69,7 +69,7 @@ async def test_qr_codes_rotate_and_run_out(directory: Path) -> None:
 async def test_a_scan_after_the_last_qr_code_is_refused(
     directory: Path, world: LoopbackWorld
 ) -> None:
-    timing = LoopbackTiming(qr_first_s=0.01, qr_refs=1, watch_every_s=0.005)
+    timing = LoopbackTiming(qr_first_s=0.01, qr_refs=1)
     connector = LoopbackConnector(directory, timing=timing)
     async with connector.open_bridge() as bridge, bridge.open_connection(ANNA, None):
         await trio.sleep(0.02)
