@@ -23,7 +23,7 @@ from daemon.firestore.credentials import Access, EmulatorAccess, open_google_acc
 from daemon.firestore.documents import DocumentName
 from daemon.firestore.errors import Refused, error_for
 from daemon.firestore.protos import Proto
-from daemon.firestore.streams import Stream, StreamReaders
+from daemon.firestore.streams import BATCH_MESSAGES_MAX, Stream, StreamReaders
 
 HOST = "firestore.googleapis.com:443"
 
@@ -43,6 +43,9 @@ MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 
 PAGE_DOCUMENTS_MAX = 60
 """Documents in a page of `list_documents`: each has at most 1 MiB."""
+
+COALESCE_S = 0.01
+"""How long a query's reader lets messages gather before it looks again."""
 
 STREAM_READERS_MAX = 4
 """Threads of one line that read server streams."""
@@ -162,6 +165,10 @@ class FirestoreClient:
                     documents = [answer.document for answer in batch if answer.HasField("document")]
                     found += len(documents)
                     take(documents)
+                    if len(batch) < BATCH_MESSAGES_MAX:
+                        # Woken for each message, we would keep the threads that read from theirs:
+                        # twice the time for 10,000 documents.
+                        await trio.sleep(COALESCE_S)
         finally:
             self.operations.reads += max(1, found)
 

@@ -140,100 +140,107 @@ def encode(target: Proto, value: FieldValue) -> None:
 def decode(value: Proto) -> FieldValue:
     """Read a Firestore `Value`. Kinds that we never write (a place, a reference) become `None`."""
     kind = value.WhichOneof("value_type")
-    match kind:
-        case "timestamp_value":
-            moment = value.timestamp_value
-            return Moment((moment.seconds * 1_000_000 + moment.nanos // 1000) / 1_000_000)
-        case "map_value":
-            return {key: decode(item) for key, item in value.map_value.fields.items()}
-        case "array_value":
-            return [decode(item) for item in value.array_value.values]
-        case "string_value" | "bytes_value" | "integer_value" | "double_value" | "boolean_value":
-            plain: FieldValue = getattr(value, kind)
-            return plain
-        case _:
-            return None
+    if kind in _PLAIN:
+        plain: FieldValue = getattr(value, kind)
+        return plain
+    if kind == "timestamp_value":
+        moment = value.timestamp_value
+        return Moment((moment.seconds * 1_000_000 + moment.nanos // 1000) / 1_000_000)
+    if kind == "map_value":
+        return {key: decode(item) for key, item in value.map_value.fields.items()}
+    if kind == "array_value":
+        return [decode(item) for item in value.array_value.values]
+    return None
+
+
+_PLAIN = frozenset(
+    {"string_value", "bytes_value", "integer_value", "double_value", "boolean_value"}
+)
 
 
 class Fields:
-    """The decoded fields of one document, read with their expected kinds.
+    """The fields of one document, each decoded when it is read, with its expected kind.
 
-    Every reader raises `MalformedDocument` when the field is missing or of another kind.
+    Every reader raises `MalformedDocument` when the field is missing or of another kind; those
+    called `…_or_none` accept a missing field and a null. (Decoding all fields at once, looked for
+    or not, makes a restore's reading half as slow again.)
     """
 
+    __slots__ = ("_values",)
+
     def __init__(self, document: Proto) -> None:
-        self._values = {key: decode(value) for key, value in document.fields.items()}
+        self._values = document.fields
 
     @classmethod
-    def of_map(cls, value: FieldValue) -> Fields:
-        """Read a map inside a document the same way."""
-        if not isinstance(value, Mapping):
+    def of_map(cls, value: Proto) -> Fields:
+        """Read a map inside a document the same way. Raises `MalformedDocument`."""
+        if value.WhichOneof("value_type") != "map_value":
             raise MalformedDocument("an entry is not a map")
-        fields = cls.__new__(cls)
-        fields._values = dict(value)
-        return fields
+        return cls(value.map_value)
 
     def raw(self, key: str) -> FieldValue:
         """Whatever is there, `None` if nothing is."""
-        return self._values.get(key)
+        value = self._values.get(key)
+        return None if value is None else decode(value)
 
     def text(self, key: str) -> str:
-        value = self._values.get(key)
-        if not isinstance(value, str):
-            raise MalformedDocument(f"field {key!r} is not a text")
+        value: str = self._of_kind(key, "string_value").string_value
         return value
 
     def text_or_none(self, key: str) -> str | None:
-        return None if self._values.get(key) is None else self.text(key)
+        return None if self._is_null(key) else self.text(key)
 
     def integer(self, key: str) -> int:
-        value = self._values.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise MalformedDocument(f"field {key!r} is not an integer")
+        value: int = self._of_kind(key, "integer_value").integer_value
         return value
 
     def integer_or_none(self, key: str) -> int | None:
-        return None if self._values.get(key) is None else self.integer(key)
+        return None if self._is_null(key) else self.integer(key)
 
     def flag(self, key: str) -> bool:
-        value = self._values.get(key)
-        if not isinstance(value, bool):
-            raise MalformedDocument(f"field {key!r} is not true or false")
+        value: bool = self._of_kind(key, "boolean_value").boolean_value
         return value
 
     def moment(self, key: str) -> float:
-        value = self._values.get(key)
-        if not isinstance(value, Moment):
-            raise MalformedDocument(f"field {key!r} is not a timestamp")
-        return float(value)
+        value = self._of_kind(key, "timestamp_value").timestamp_value
+        seconds: float = (value.seconds * 1_000_000 + value.nanos // 1000) / 1_000_000
+        return seconds
 
     def moment_or_none(self, key: str) -> float | None:
-        return None if self._values.get(key) is None else self.moment(key)
+        return None if self._is_null(key) else self.moment(key)
 
     def blob_or_none(self, key: str) -> bytes | None:
-        value = self._values.get(key)
-        if value is not None and not isinstance(value, bytes):
-            raise MalformedDocument(f"field {key!r} is not bytes")
+        if self._is_null(key):
+            return None
+        value: bytes = self._of_kind(key, "bytes_value").bytes_value
         return value
 
-    def items(self, key: str) -> Sequence[FieldValue]:
-        value = self._values.get(key)
-        if not isinstance(value, list):
-            raise MalformedDocument(f"field {key!r} is not a list")
-        return value
+    def maps(self, key: str) -> list[Fields]:
+        """A list of maps."""
+        items = self._of_kind(key, "array_value").array_value.values
+        return [Fields.of_map(item) for item in items]
 
     def keys_or_none(self, key: str) -> list[str] | None:
-        value = self._values.get(key)
-        if value is not None and not isinstance(value, Mapping):
-            raise MalformedDocument(f"field {key!r} is not a map")
-        return None if value is None else list(value)
+        """The keys of a map."""
+        if self._is_null(key):
+            return None
+        return list(self._of_kind(key, "map_value").map_value.fields)
 
     def moments(self, key: str) -> dict[str, float]:
-        value = self._values.get(key)
-        if not isinstance(value, Mapping):
-            raise MalformedDocument(f"field {key!r} is not a map")
+        """A map of timestamps."""
+        value = self._of_kind(key, "map_value")
         inner = Fields.of_map(value)
-        return {name: inner.moment(name) for name in value}
+        return {name: inner.moment(name) for name in value.map_value.fields}
+
+    def _of_kind(self, key: str, kind: str) -> Proto:
+        value = self._values.get(key)
+        if value is None or value.WhichOneof("value_type") != kind:
+            raise MalformedDocument(f"field {key!r} is not a {kind.removesuffix('_value')}")
+        return value
+
+    def _is_null(self, key: str) -> bool:
+        value = self._values.get(key)
+        return value is None or value.WhichOneof("value_type") == "null_value"
 
 
 def update_write(

@@ -341,7 +341,6 @@ def _fence_values(fence: Fence) -> dict[str, FieldValue]:
 
 def _read_fence(document: Proto) -> Fence:
     fields = Fields(document)
-    entries = [Fields.of_map(entry) for entry in fields.items("history")]
     return Fence(
         epoch=fields.integer("epoch"),
         holder=fields.text("holder"),
@@ -361,7 +360,7 @@ def _read_fence(document: Proto) -> Fence:
                 changed_by=entry.text("changedBy"),
                 reason=entry.text("reason"),
             )
-            for entry in entries
+            for entry in fields.maps("history")
         ),
     )
 
