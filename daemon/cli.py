@@ -380,6 +380,8 @@ def send(
         "server_ack": "the server has it",
         "queued": "kept; it goes out when the account can",
         "sending": "kept; on its way",
+        "delivered": "the recipient's phone has it",
+        "read": "the recipient has read it",
     }
     what = str(answer.get("status"))
     say(f"{answer.get('messageId')}: {what} ({meanings.get(what, 'see its status')})")

@@ -121,9 +121,19 @@ def print_accounts(accounts: Sequence[Mapping[str, Any]]) -> None:
     if not accounts:
         say("no accounts; add one with: watchkeeper accounts add NAME")
         return
-    names = ("accountId", "name", "phone", "status", "inMemory", "queued", "lastError")
-    titles = ("account", "name", "phone", "status", "in memory", "queued", "last error")
-    print_table(titles, [[account.get(name) for name in names] for account in accounts])
+    columns = {
+        "accountId": "account",
+        "name": "name",
+        "phone": "phone",
+        "status": "status",
+        "inMemory": "in memory",
+        "queued": "queued",
+    }
+    if any(account.get("lastError") for account in accounts):
+        columns["lastError"] = "last error"
+    print_table(
+        list(columns.values()), [[account.get(name) for name in columns] for account in accounts]
+    )
 
 
 def _lease_line(lease: Mapping[str, Any] | None) -> str:
