@@ -102,7 +102,8 @@ class Relay:
                 last = UNKNOWN
                 if not is_repeatable(inbound):
                     raise _unanswered(inbound)
-            if trio.current_time() >= deadline or self._closing.is_set():
+            # An API that closes still forwards to a holder that is known, and waits for no other.
+            if trio.current_time() >= deadline or (self._closing.is_set() and self._alone()):
                 break
             # What changed during the try is a reason to ask again at once.
             if seen == self._seen():
@@ -115,6 +116,11 @@ class Relay:
             raise _unanswered(inbound)
         raise _nobody("no instance took over in time", last)
 
+    def _alone(self) -> bool:
+        """Nobody else is known to hold the lease."""
+        holder = self._instance.holder
+        return holder is None or is_me(holder, self._instance.identity)
+
     def _seen(self) -> tuple[object, ...]:
         term = self._instance.term
         return (None if term is None else term.epoch, self._instance.holder)
@@ -123,7 +129,7 @@ class Relay:
         if self._instance.term is not None:
             return await self._answer_here(inbound) or NOT_STARTED
         holder = self._instance.holder
-        if holder is None or is_me(holder, self._instance.identity):
+        if holder is None or self._alone():
             return NOT_STARTED
         return await self._ask_while_holder(inbound, holder)
 
