@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgspec
 
@@ -205,22 +205,21 @@ def _archive(connection: sqlite3.Connection, account_id: AccountId, reason: str)
     )
 
 
-def _copy(name: str, blob: bytes, changes: Iterable[bytes]) -> AccountCopy:
+def _copy(name: str, blob: bytes, changes: Sequence[bytes]) -> AccountCopy:
     """The copy with its changes applied in order; with a fault where one of them is unreadable."""
     account_id = AccountId(name)
     try:
-        newest = _decoder.decode(blob)
-        parts = newest.parts
-        for change in changes:
-            newest = _decoder.decode(change)
-            parts |= newest.parts
-            for part, data in newest.parts.items():
-                if data is None:
-                    del parts[part]
+        packed = [_decoder.decode(one) for one in (blob, *changes)]
     except ValueError as error:
         return unreadable(account_id, f"its row on this disk cannot be read: {error}")
-    if newest.account.account_id != account_id:
+    if any(one.account.account_id != account_id for one in packed):
         return unreadable(account_id, "its row on this disk is another account's")
+    newest, parts = packed[-1], packed[0].parts
+    for one in packed[1:]:
+        parts |= one.parts
+    # What is `None` at the end was deleted; what was deleted and came back is not.
+    for part in [part for part, data in parts.items() if data is None]:
+        del parts[part]
     return AccountCopy(
         newest.account,
         Version(newest.epoch, newest.revision),

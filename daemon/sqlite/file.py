@@ -120,10 +120,12 @@ def check_file(path: Path, schema: Schema) -> None:
         raise FileBroken(f"{path} is cut: {size} bytes of {pages * page_bytes}")
 
 
-def open_connection(path: Path, *, checkpoint_pages: int = 1000) -> sqlite3.Connection:
+def open_connection(
+    path: Path, *, checkpoint_pages: int = 1000, busy_s: float = BUSY_S
+) -> sqlite3.Connection:
     """Open for reading and writing; the file must exist. Raises `sqlite3.Error`."""
     connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=BUSY_S
+        f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=busy_s
     )
     try:
         connection.execute("PRAGMA journal_mode = WAL")

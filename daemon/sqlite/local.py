@@ -54,6 +54,8 @@ SCHEMA = Schema(
     application_id=0x57544B4C,
     version=1,
     tables=";".join((copy_rows.TABLES, _TABLES)),
+    # Rows of 100 KB and more: a listing of 1,000 takes two thirds of what it takes with 4 KB.
+    page_bytes=16384,
 )
 
 

@@ -43,12 +43,16 @@ class Turnstile:
         self._changed = threading.Condition()
         self._inside = False
         self._urgent = 0
+        self.waiting = 0
+        """Writers at the turnstile now."""
 
     @contextmanager
     def enter(self, *, urgent: bool) -> Iterator[None]:
         with self._changed:
             self._urgent += urgent
+            self.waiting += 1
             self._changed.wait_for(lambda: not self._inside and (urgent or not self._urgent))
+            self.waiting -= 1
             self._urgent -= urgent
             self._inside = True
         try:
@@ -96,9 +100,11 @@ class _Job(Generic[T]):
             await self._done.wait()
         finally:
             self.left = True
+        # The thread may keep the job until its next one: not with a whole listing in it.
+        value, self.value = self.value, None
         if self.error is not None:
             raise self.error
-        return self.value  # type: ignore[return-value]  # work() returned it
+        return value  # type: ignore[return-value]  # work() returned it
 
 
 class Worker:
@@ -219,7 +225,8 @@ class Worker:
         connection = self._open()
         connection.execute("BEGIN")
         job.run(connection, self._path)
-        connection.execute("COMMIT")
+        # Not COMMIT: over a damaged page that fails, even after everything else was read.
+        connection.execute("ROLLBACK")
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:

@@ -54,7 +54,7 @@ def open_shared_world(
         return _open_fake()
     if adapter == "sqlite":
         return _open_sqlite(directory / "shared.db")
-    module = import_module("tests.contracts.firestore_world")
+    module = import_module("tests.firestore.contract_world")
     world: AbstractAsyncContextManager[SharedWorld] = module.open_firestore_world(host)
     return world
 
