@@ -262,8 +262,6 @@ async def check_store(settings: Settings) -> Finding:
             async with open_lease_store(settings) as store:
                 view = await store.read()
     except LeaseMissing as error:
-        if settings.store is StoreKind.SQLITE:
-            return _ok(where, "has no lease yet; the first start makes it")
         return _fail(
             where,
             f"it answers, but the lease is not there: {error}",

@@ -318,6 +318,13 @@ def test_another_server_is_not_mistaken_for_ours(instance: FakeInstance, answer:
     assert command("status").exit_code == Exit.UNREACHABLE
 
 
+def test_error_without_our_shape_is_no_success(instance: FakeInstance) -> None:
+    instance.will("GET", "/api/status/dashboard", (500, {"detail": "broken"}))
+    ended = command("status")
+    assert ended.exit_code == Exit.REFUSED
+    assert "The answer was 500." in ended.stderr
+
+
 def test_accounts_are_listed_for_people_and_for_scripts(instance: FakeInstance) -> None:
     evil = {**ACCOUNT, "name": "[red]x\x1b[2J\x07"}
     instance.will("GET", "/api/whatsapp/accounts", fine(accounts=[evil], count=1))

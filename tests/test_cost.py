@@ -18,6 +18,11 @@ def test_renewals_at_the_defaults_are_what_the_design_says() -> None:
     assert holder.dollars == pytest.approx(0.93, abs=0.01)
 
 
+def test_standby_looks_when_the_renewal_it_saw_would_expire() -> None:
+    # 15 s less the 2.5 s that a renewal is old on average, two documents each.
+    assert round(costs(Settings(), LEASE_ONLY)[1].reads) == 2 * 30 * 86_400 / 12.5
+
+
 def test_the_lease_alone_fits_the_free_quota() -> None:
     assert inside_free_quota(costs(Settings(), LEASE_ONLY))
     assert not inside_free_quota(costs(Settings(), Load(messages_per_day=10_000)))

@@ -21,7 +21,7 @@ from daemon.doctor import (
     check_store,
     examine,
 )
-from daemon.initialise import initialise
+from daemon.initialise import initialise, open_lease_store
 from daemon.settings import ConnectorKind, Loaded, Settings, StoreKind
 
 TOKEN = "a-token-that-nobody-may-see"
@@ -66,6 +66,15 @@ async def test_store_with_a_lease_is_read(tmp_path: Path) -> None:
     assert not await initialise(settings)
     finding = await check_store(settings)
     assert (finding.verdict, finding.found) == (Verdict.OK, "answers; lease released, epoch 7")
+
+
+async def test_store_without_a_lease_fails_and_points_at_init(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    async with open_lease_store(settings):
+        pass
+    finding = await check_store(settings)
+    assert finding.verdict is Verdict.FAIL
+    assert "watchkeeper init" in finding.advice
 
 
 async def test_broken_store_fails_and_is_left_alone(tmp_path: Path) -> None:
