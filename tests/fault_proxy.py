@@ -76,6 +76,11 @@ class FaultProxy:
         if fault is not Fault.REFUSE and self._listening is None:
             await self.listen()
 
+    def leave_frozen(self) -> None:
+        """What is open now stays frozen, whatever comes: packets vanish, TCP sees nothing."""
+        for connection in self._connections:
+            connection.frozen = True
+
     async def listen(self) -> None:
         listeners = await trio.open_tcp_listeners(self._port, host="127.0.0.1")
         self._port = listeners[0].socket.getsockname()[1]
@@ -114,7 +119,7 @@ class FaultProxy:
             while chunk := await source.receive_some(CHUNK_BYTES):
                 if self.delay_s:
                     await trio.sleep(self.delay_s)
-                while self._fault is Fault.FREEZE:
+                while self._fault is Fault.FREEZE or connection.frozen:
                     await self._changed.wait()
                 if requests and self._fault is Fault.DROP_REQUESTS:
                     connection.torn = True
@@ -131,6 +136,7 @@ class _Connection:
     def __init__(self, client: trio.SocketStream, server: trio.SocketStream) -> None:
         self.open = trio.CancelScope()
         self.torn = False
+        self.frozen = False
         for stream in (client, server):
             # Closing then sends a reset instead of a polite end.
             stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
