@@ -32,7 +32,6 @@ from machine.ports import (
     LeaseMissing,
     Ports,
     StaleWrite,
-    StoreMisconfigured,
     StoreUnavailable,
 )
 from machine.records import (
@@ -171,7 +170,7 @@ class Instance:
     async def list_accounts(self) -> tuple[AccountView, ...]:
         """Every account as the shared store has it: what a PASSIVE instance can say.
 
-        Raises `StoreUnavailable`, `StoreMisconfigured`. The caller sets the deadline.
+        Raises `StoreUnavailable`. The caller sets the deadline.
         """
         listing = await self._ports.accounts.list_accounts()
         views = [
@@ -203,7 +202,7 @@ class Instance:
     async def run(self) -> None:
         """Boot, stand by, and act whenever the lease is ours, until a drain is over.
 
-        Raises `StoreMisconfigured` and bugs, after the lease was given back.
+        Raises bugs, after the lease was given back.
         """
         with self._engine.claim():
             try:
@@ -226,7 +225,7 @@ class Instance:
                 self._transitions.extend(
                     await local.list_transitions(self._limits.transitions_kept)
                 )
-        except (StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
+        except (StoreUnavailable, trio.TooSlowError) as error:
             self._ports.journal.note("disk.failed", what="boot", error=describe_error(error))
         self._ports.journal.note(
             "instance.booted",
@@ -331,7 +330,7 @@ class Instance:
         try:
             with trio.fail_after(self._timing.attempt_s):
                 await self._ports.local.raise_epoch(epoch)
-        except (StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
+        except (StoreUnavailable, trio.TooSlowError) as error:
             self._ports.journal.note("disk.failed", what="epoch", error=describe_error(error))
 
     def _see(self, view: LeaseView, now: float) -> None:
@@ -476,7 +475,7 @@ class Instance:
         report = self._report
         if report is None:
             return
-        with suppress(StoreUnavailable, StoreMisconfigured, trio.TooSlowError):
+        with suppress(StoreUnavailable, trio.TooSlowError):
             with trio.fail_after(self._limits.store_try_s):
                 await self._ports.local.append_report(
                     {
@@ -520,7 +519,7 @@ class Instance:
             with trio.fail_after(self._limits.restore_try_s):
                 shared = await self._ports.accounts.list_accounts()
                 local = await self._ports.local.list_accounts()
-        except (StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
+        except (StoreUnavailable, trio.TooSlowError) as error:
             self._ports.journal.note("warm.failed", error=describe_error(error))
             return
         stale = _stale(shared, local)
@@ -542,7 +541,7 @@ class Instance:
         if self.state is not State.PASSIVE:
             return False
         account_id = copy.account.account_id
-        with suppress(StoreUnavailable, StoreMisconfigured, StaleWrite, trio.TooSlowError):
+        with suppress(StoreUnavailable, StaleWrite, trio.TooSlowError):
             with trio.fail_after(self._limits.store_try_s):
                 whole = await self._ports.accounts.fetch_account(account_id)
                 if whole is not None and whole.fault is None and not whole.removed:
@@ -584,7 +583,7 @@ class Instance:
         async def append() -> None:
             await self._ports.local.append_transition(transition)
 
-        with suppress(StoreUnavailable, StoreMisconfigured, TryTimedOut):
+        with suppress(StoreUnavailable, TryTimedOut):
             await retry(
                 append,
                 on=(StoreUnavailable,),

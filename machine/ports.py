@@ -53,11 +53,15 @@ class StoreUnavailable(Exception):
         self.code = code
 
 
-class StoreMisconfigured(Exception):
+class StoreMisconfigured(StoreUnavailable):
     """The store refuses us for good: wrong project, no permission, a newer format.
 
-    Asking again does not help; the message says what to change.
+    At start it is the end; the message says what to change. Later it is an outage like any other:
+    asked again with backoff, since somebody may mend it meanwhile.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="misconfigured")
 
 
 # --- the lease -------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from machine.ports import (
     LegacyFault,
     Ports,
     StaleWrite,
-    StoreMisconfigured,
     StoreUnavailable,
 )
 from machine.records import (
@@ -224,40 +223,38 @@ class Restore:
         began = trio.current_time()
         journal = self._ports.journal
 
-        def noted(tries: int, error: Exception, pause_s: float) -> None:
+        error: Exception = TryTimedOut(self._limits.restore_give_up_s)
+
+        def noted(tries: int, failure: Exception, pause_s: float) -> None:
+            nonlocal error
+            error = failure
             journal.note(
                 "restore.source_retried",
                 source=name,
                 tries=tries,
-                error=describe_error(error),
+                error=describe_error(failure),
                 retry_s=round(pause_s, 3),
             )
 
-        error: Exception = TryTimedOut(self._limits.restore_give_up_s)
-        advice = "check that it is reachable; accounts are read one by one as soon as it is"
         with trio.move_on_after(self._limits.restore_give_up_s):
-            try:
-                listing = await retry(
-                    list_accounts,
-                    on=(StoreUnavailable,),
-                    backoff=READ_BACKOFF,
-                    try_s=self._limits.restore_try_s,
-                    rng=self._ports.rng,
-                    noted=noted,
-                )
-            except StoreMisconfigured as misconfigured:
-                error = misconfigured
-            else:
-                took_s = self._took(name, began)
-                journal.note(
-                    "restore.source_read",
-                    source=name,
-                    found=len(listing.copies),
-                    duration_s=took_s,
-                )
-                if listing.fault is not None:
-                    self._fail(None, f"{name}: {listing.fault}", "its bytes are kept")
-                return listing
+            listing = await retry(
+                list_accounts,
+                on=(StoreUnavailable,),
+                backoff=READ_BACKOFF,
+                try_s=self._limits.restore_try_s,
+                rng=self._ports.rng,
+                noted=noted,
+            )
+            journal.note(
+                "restore.source_read",
+                source=name,
+                found=len(listing.copies),
+                duration_s=self._took(name, began),
+            )
+            if listing.fault is not None:
+                self._fail(None, f"{name}: {listing.fault}", "its bytes are kept")
+            return listing
+        advice = "check that it is reachable; accounts are read one by one as soon as it is"
         self._took(name, began)
         journal.note(
             "restore.source_failed", source=name, error=describe_error(error), advice=advice
@@ -350,7 +347,7 @@ class Restore:
         with trio.move_on_after(self._limits.store_try_s):
             try:
                 await self._ports.local.remove_account(account_id, purge=False)
-            except (StoreUnavailable, StoreMisconfigured) as error:
+            except StoreUnavailable as error:
                 self._ports.journal.note(
                     "disk.failed", what=f"account {account_id}", error=describe_error(error)
                 )
@@ -362,7 +359,7 @@ class Restore:
         try:
             with trio.fail_after(self._limits.restore_try_s):
                 found = await self._ports.legacy.scan(directory)
-        except (StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
+        except (StoreUnavailable, trio.TooSlowError) as error:
             self._fail(None, f"legacy sessions: {describe_error(error)}", "check the directory")
             return [], 1
         created: list[AccountId] = []

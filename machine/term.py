@@ -30,7 +30,6 @@ from machine.ports import (
     MessageExists,
     Ports,
     StaleWrite,
-    StoreMisconfigured,
     StoreUnavailable,
 )
 from machine.records import (
@@ -647,7 +646,7 @@ class Term:
         with trio.move_on_after(self._limits.store_try_s):
             try:
                 await self._ports.local.remove_account(account_id, purge=purge)
-            except (StoreUnavailable, StoreMisconfigured) as error:
+            except StoreUnavailable as error:
                 self._ports.journal.note(
                     "disk.failed", what=f"account {account_id}", error=describe_error(error)
                 )
