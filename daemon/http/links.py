@@ -196,9 +196,12 @@ class HolderLink:
         total = 0
         async for chunk in response.aiter_raw():
             total += len(chunk)
-            if total > self._settings.answer_bytes_max:
-                raise httpx.DecodingError("the answer is over the limit", request=response.request)
-            chunks.append(chunk)
+            # What is over the limit is thrown away and not kept, until the deadline at the latest:
+            # httpx leaves half-read iterators behind when one stops in the middle.
+            if total <= self._settings.answer_bytes_max:
+                chunks.append(chunk)
+        if total > self._settings.answer_bytes_max:
+            raise httpx.DecodingError("the answer is over the limit", request=response.request)
         body = b"".join(chunks)
         headers = [
             (name.lower(), value)

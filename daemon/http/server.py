@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -40,6 +42,8 @@ FILES_RESERVED = 512
 
 REFUSALS_MAX = 256
 """Callers over the connection limit that are being told so; further ones wait in the backlog."""
+
+RECEIVE_BYTES_MAX = 64 * 1024
 
 LAST_CALL_S = 0.2
 """Between the end of accepting and the end of idle connections."""
@@ -214,6 +218,35 @@ class _BoundedStream:
         await self._stream.aclose()
 
 
+class _Connection(TCPServer):
+    """Hypercorn's connection, closed in time in two cases where its own would linger.
+
+    A caller who has hung up is let go at once, not after the keep-alive; and an HTTP/2 connection
+    that never makes a request is idle from its beginning, not forever busy.
+    """
+
+    _busy = False
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated):
+            self._busy = not event.idle
+        await super().protocol_send(event)
+
+    async def _read_data(self) -> None:
+        data = b"begun"
+        while data:
+            try:
+                data = bytes(await self.stream.receive_some(RECEIVE_BYTES_MAX))
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                break
+            await self.protocol.handle(RawData(data))
+            spoken = self.protocol.protocol
+            if self._busy and isinstance(spoken, H2Protocol) and spoken.idle:
+                await self.protocol_send(Updated(idle=True))
+        await self.protocol.handle(Closed())
+        await self.idle_task.stop()
+
+
 class Server:
     """Accepts connections and runs Hypercorn's protocols on them, within limits.
 
@@ -230,6 +263,7 @@ class Server:
         self._context = WorkerContext(None)
         self._refusals = trio.Semaphore(REFUSALS_MAX)
         self._full = False
+        self._cut_off = 0
         self._connections_max = limits.connections_max
         self.open_connections = 0
 
@@ -275,7 +309,7 @@ class Server:
                 await trio.sleep(LAST_CALL_S)
                 await self._context.terminated.set()
         if grace.cancelled_caught:
-            self._note("http.closed", in_flight=self.open_connections)
+            self._note("http.closed", in_flight=self._cut_off)
 
     async def _keep_accepting(
         self, listener: trio.SocketListener, connections: trio.Nursery
@@ -314,20 +348,24 @@ class Server:
 
     async def _speak(self, stream: trio.SocketStream) -> None:
         bounded = _BoundedStream(stream, self._limits.send_s)
+        ended = False
         try:
             # Hypercorn types the stream as a TLS one; without `do_handshake` it takes a plain one.
-            await TCPServer(
+            await _Connection(
                 self._app,
                 self._config,
                 self._context,
                 cast(Any, ConnectionState({})),
                 cast(Any, bounded),
             )
+            ended = True
         except* Exception as group:  # noqa: BLE001  (see the next line; bugs are in the journal)
             # One connection's trouble, whatever it is, must not end all the others.
             self._note("http.connection_failed", error=_kinds(group))
+            ended = True
         finally:
             self.open_connections -= 1
+            self._cut_off += not ended
             # Told once for each time that it fills up, not for each caller refused.
             self._full = self._full and self.open_connections > self._connections_max * 0.9
             await trio.aclose_forcefully(stream)
