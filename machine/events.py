@@ -83,7 +83,7 @@ EVENTS: dict[str, EventKind] = {
     "restore.started": _info(
         "ACTIVE under epoch {epoch}: restoring accounts from the shared store and from disk"
     ),
-    "restore.source_read": _info("found {found} accounts in {source} ({duration_s} s)"),
+    "restore.source_read": _info("{source}: {found} accounts found ({duration_s} s)"),
     "restore.source_retried": _warning("reading {source} failed (try {tries}): {error}"),
     "restore.source_failed": _error("{source} could not be read: {error}; {advice}"),
     "restore.found": _info(

@@ -34,6 +34,8 @@ class Limits:
     reconnect_first_s: float = 1.0
     reconnect_cap_s: float = 300.0
     """Reconnects back off exponentially between these, with jitter."""
+    qr_wait_s: float = 2.0
+    """How long the answer to a new pairing waits for its first QR code."""
     ack_s: float = 20.0
     """How long a send waits for the server's ack; then the connection counts as broken."""
     outbox_per_account_max: int = 1000

@@ -190,6 +190,7 @@ class Session:
         self._ended = trio.Event()
         self._ended.set()
         self._sent = trio.Event()
+        self._qr_shown = trio.Event()
         self._doubled_at: float | None = None
         self._verified = False
         self._known: OrderedDict[str, None] = OrderedDict()
@@ -233,6 +234,7 @@ class Session:
         if self._running is None and self.ledger is not None:
             self._running = trio.CancelScope()
             self._ended = trio.Event()
+            self._qr_shown = trio.Event()
             self._term.spawn(lambda: self._run(bridge, delay_s))
 
     async def stop(self) -> None:
@@ -246,6 +248,10 @@ class Session:
         while self.sending:
             self._sent = trio.Event()
             await self._sent.wait()
+
+    async def wait_qr(self) -> None:
+        """Wait until a QR code of the pairing that was just begun can be scanned."""
+        await self._qr_shown.wait()
 
     def wake(self) -> None:
         """Cut a waiting time short: try to connect now."""
@@ -350,6 +356,7 @@ class Session:
                         self.connection = connection
                         self.qr = QrCode(qr, expires_at)
                         self.show(AccountStatus.QR_READY)
+                        self._qr_shown.set()
                         self._settle_outcome(Outcome.PAIRING)
                     case PairingScanned():
                         self.qr = None

@@ -495,7 +495,13 @@ class Term:
         session = self.make_session(account, self.make_ledger(copy))
         session.outbox_loaded.set()
         self._ports.journal.note("account.created", account_id=account_id)
+        return await self._begin_pairing(session)
+
+    async def _begin_pairing(self, session: Session) -> AccountView:
+        """Start a pairing, and answer when there is something to scan, or soon anyway."""
         self.start_session(session)
+        with trio.move_on_after(self._limits.qr_wait_s):
+            await session.wait_qr()
         return session.view()
 
     async def qr(self, account_id: AccountId) -> QrCode:
@@ -599,8 +605,7 @@ class Term:
         await ledger.clear_keys(
             status=AccountStatus.AWAITING_SCAN, last_error=None, since=self._ports.clocks.wall()
         )
-        self.start_session(session)
-        return session.view()
+        return await self._begin_pairing(session)
 
     async def _stoppable(self, account_id: AccountId) -> tuple[Session, Ledger]:
         session = await self._session(account_id)
