@@ -151,6 +151,8 @@ class Ledger:
         self._behind = _Behind()
         self._replicating = False
         self._saved = copy.version if saved else None
+        # The version that the last commit was built on.
+        self._base = copy.version
         self._disk_failed = False
 
     @property
@@ -246,6 +248,7 @@ class Ledger:
     def end_seal(self, commit: AccountCommit, stamp: Stamp | None) -> bool:
         """Take over the answer to `begin_seal`'s commit; false when it was refused."""
         if stamp is not None:
+            self._base = self.version
             self.stamp, self.version = stamp, commit.version
         self._busy = False
         self._idle.set()
@@ -340,8 +343,11 @@ class Ledger:
             _fail(batch, error)
 
     async def _commit(self, batch: list[_Entry]) -> None:
-        local_first = self._durability is Durability.LOCAL and not any(
-            entry.shared or entry.new_message for entry in batch
+        local_first = (
+            self._durability is Durability.LOCAL
+            # A commit that the disk cannot build on has to reach the shared store itself.
+            and self._saved == self.version
+            and not any(entry.shared or entry.new_message for entry in batch)
         )
         needs_parts = any(entry.complete or entry.keys or entry.clear for entry in batch)
         if (needs_parts and not self.complete) or (self.stamp is None and not local_first):
@@ -510,7 +516,7 @@ class Ledger:
 
     def _adopt(self, commit: AccountCommit, stamp: Stamp | None) -> None:
         self.account = replace(commit.account, **self._noted)
-        self.version = commit.version
+        self._base, self.version = self.version, commit.version
         if stamp is not None:
             self.stamp = stamp
         for name, part in commit.parts.items():
@@ -523,7 +529,10 @@ class Ledger:
 
     async def _commit_locally(self, commit: AccountCommit) -> None:
         """`Durability.LOCAL`: the disk has it, so it counts; the shared store follows."""
+        # Until the disk has answered, nobody knows what it has.
+        self._saved = None
         await self._ports.local.apply(commit)
+        self._saved = commit.version
         self._adopt(commit, None)
         self._behind.parts.update(commit.parts)
         self._behind.messages.update({m.message_id: m for m in commit.messages})
@@ -538,14 +547,20 @@ class Ledger:
         self._post(_Entry(shared=True))
 
     async def _save_locally(self, commit: AccountCommit) -> None:
-        """Bring the disk copy along. It may fail: the shared store has everything."""
+        """Bring the disk copy along. It may fail: the shared store has everything.
+
+        A commit holds only what it changed. It is applied to the version it was built on and to
+        no other: an older copy would keep its older parts under the new version, and the next
+        restore would take them for the newest.
+        """
+        follows = self._saved == self._base
+        if not follows and not self.complete:
+            return
+        # Until the disk has answered, nobody knows what it has.
+        self._saved = None
         try:
             with trio.fail_after(self._limits.store_try_s):
-                try:
-                    await self._ports.local.apply(commit)
-                except StaleWrite:
-                    if self.complete:
-                        await self._ports.local.save_account(self.copy())
+                saved = await self._save(commit if follows else None)
         except (StaleWrite, StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
             if not self._disk_failed:
                 self._ports.journal.note(
@@ -556,7 +571,20 @@ class Ledger:
             self._disk_failed = True
         else:
             self._disk_failed = False
-            self._saved = commit.version
+            self._saved = saved
+
+    async def _save(self, commit: AccountCommit | None) -> Version:
+        """Apply `commit` to the disk copy, or replace that; the version the disk then has."""
+        if commit is not None:
+            try:
+                await self._ports.local.apply(commit)
+                return commit.version
+            except StaleWrite:
+                if not self.complete:
+                    raise
+        copy = self.copy()
+        await self._ports.local.save_account(copy)
+        return copy.version
 
     def copy(self) -> AccountCopy:
         """The account as it stands, for the disk."""
