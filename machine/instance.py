@@ -265,7 +265,7 @@ class Instance:
         """
         failures = 0
         while self._drain_reason is None:
-            # Taken before the read, so that what it tells can only be late for us, never early.
+            # Before the read: a change that comes during it must not be slept through.
             self._fence_moved = moved = trio.Event()
             now = trio.current_time()
             try:
@@ -276,7 +276,7 @@ class Instance:
                 await self._tell_unreadable(error, failures, moved)
                 continue
             failures = 0
-            self._see(view, now)
+            self._see(view, trio.current_time())
             wait_s = max(
                 self._sighting.free_in(view, self.identity, now, self._limits.handoff_grace_s),
                 self._stand_back_until - now,
@@ -333,10 +333,10 @@ class Instance:
         except (StoreUnavailable, trio.TooSlowError) as error:
             self._ports.journal.note("disk.failed", what="epoch", error=describe_error(error))
 
-    def _see(self, view: LeaseView, now: float) -> None:
+    def _see(self, view: LeaseView, read_at: float) -> None:
         """Take note of the documents, and tell whom they name when that is news."""
-        self._view, self._seen_at = view, now
-        self._sighting.see(view, now)
+        self._view, self._seen_at = view, read_at
+        self._sighting.see(view, read_at)
         self._note_holder(view.fence)
         lease = view.lease
         told = (lease.holder, view.fence.epoch)

@@ -225,19 +225,24 @@ class Sighting:
     handoff_stamp: Stamp | None = None
     handoff_seen_at: float = 0.0
 
-    def see(self, view: LeaseView, now: float) -> None:
-        """Take note of `view`, read at `now` (Trio's clock, taken *before* the read)."""
+    def see(self, view: LeaseView, read_at: float) -> None:
+        """Take note of `view`; `read_at` is Trio's clock *after* the read.
+
+        A renewal may be written while the read is under way: counted from before the read, the
+        lease could seem unchanged for a ttl while its holder still acts.
+        """
         if view.lease_stamp != self.stamp:
-            self.stamp, self.since = view.lease_stamp, now
+            self.stamp, self.since = view.lease_stamp, read_at
         if view.fence.state is not LeaseState.HANDOFF:
             self.handoff_stamp = None
         elif view.fence_stamp != self.handoff_stamp:
-            self.handoff_stamp, self.handoff_seen_at = view.fence_stamp, now
+            self.handoff_stamp, self.handoff_seen_at = view.fence_stamp, read_at
 
     def free_in(self, view: LeaseView, me: Identity, now: float, handoff_grace_s: float) -> float:
         """Seconds until `view`'s lease may be taken if nothing changes; 0 when it may be now.
 
-        Infinite while the operator has paused the group.
+        `now` is Trio's clock *before* `view` was read. Infinite while the operator has paused the
+        group.
         """
         if view.fence.paused:
             return math.inf
