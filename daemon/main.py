@@ -21,7 +21,7 @@ import trio
 import daemon
 from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
 from daemon.baileys_import import LegacyDirectories
-from daemon.http.app import serve_api
+from daemon.http.app import serve_api, serve_metrics
 from daemon.http.events import HTTP_EVENTS
 from daemon.http.ports import ApiSettings
 from daemon.http.server import BindFailed, Listening, bind_http, raise_files_limit
@@ -311,10 +311,21 @@ async def _run(
             task_status=task_status,
         )
 
+    async def serve_metrics_http(metrics_listening: Listening) -> None:
+        await serve_metrics(
+            make_api_settings(settings),
+            journal.metrics.render,
+            listening=metrics_listening,
+            note=journal.note,
+            shutdown=shutdown,
+        )
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_heed_signals, signals, instance)
         async with trio.open_nursery() as api:
             await api.start(serve_http)
+            if settings.metrics_bind is not None:
+                api.start_soon(serve_metrics_http, bind_http(settings.metrics_bind))
             await instance.run()
             # The API ends by itself once what is in flight is answered.
             shutdown.set()
