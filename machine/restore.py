@@ -8,6 +8,7 @@ Never lives here: how one account is opened (`machine.session`) or written (`mac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -228,6 +229,7 @@ class Restore:
         def noted(tries: int, failure: Exception, pause_s: float) -> None:
             nonlocal error
             error = failure
+            self._update(retries={**self.report.retries, name: tries})
             journal.note(
                 "restore.source_retried",
                 source=name,
@@ -584,7 +586,8 @@ class Restore:
     ) -> None:
         sessions = self._term.sessions.values()
         to_open = sum(1 for s in sessions if s.ledger and is_opened(s.account))
-        self._update(total=len(sessions))
+        taken_from = Counter(c.source.value for c in choices if not c.removed)
+        self._update(total=len(sessions), taken_from=dict(taken_from))
         self._ports.journal.note(
             "restore.found",
             total=len(sessions),

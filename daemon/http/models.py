@@ -325,7 +325,11 @@ class FailureShape(_Shape):
 
 
 class RestoreShape(_Shape):
-    """The newest restore. `finishedAt` null: it is running. `durations` are seconds."""
+    """The newest restore. `finishedAt` null: it is running. `durations` are seconds.
+
+    `retries`: failed reads, for each source; `takenFrom`: how many accounts were gone on from the
+    copy in which source.
+    """
 
     epoch: int
     started_at: str
@@ -339,6 +343,8 @@ class RestoreShape(_Shape):
     failed: int
     failures: list[FailureShape]
     durations: dict[str, float]
+    retries: dict[str, int]
+    taken_from: dict[str, int]
 
 
 class OutboxShape(_Shape):
@@ -395,7 +401,9 @@ class DashboardAnswer(_Shape):
             "pairing": 0,
             "failed": 0,
             "failures": [],
-            "durations": {"firestore": 0.02, "disk": 0.01, "open": 0.2},
+            "durations": {"the shared store": 0.02, "this disk": 0.01, "open": 0.2},
+            "retries": {"the shared store": 1},
+            "takenFrom": {"this disk (same version in the shared store)": 1},
         },
         accounts=[ACCOUNT_EXAMPLE],
         accountsFrom="memory",

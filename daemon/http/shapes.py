@@ -119,6 +119,8 @@ def restore_json(report: RestoreReport | None) -> Json | None:
             for failure in report.failures
         ],
         "durations": {name: round(seconds, 6) for name, seconds in report.durations.items()},
+        "retries": dict(report.retries),
+        "takenFrom": dict(report.taken_from),
     }
 
 
