@@ -39,7 +39,10 @@ LOSS_S = 0.3
 
 
 class FaultProxy:
-    """A running proxy. `delay_s` holds back every chunk for that long, each way."""
+    """A running proxy. `delay_s` holds back every chunk for that long, each way.
+
+    `accepted` counts the connections that there ever were.
+    """
 
     def __init__(self, target: str, nursery: trio.Nursery) -> None:
         host, _, port = target.rpartition(":")
@@ -51,6 +54,7 @@ class FaultProxy:
         self._changed = trio.Event()
         self._connections: set[_Connection] = set()
         self.delay_s = 0.0
+        self.accepted = 0
 
     @property
     def host(self) -> str:
@@ -94,6 +98,7 @@ class FaultProxy:
             await trio.serve_listeners(self._carry, listeners, handler_nursery=self._nursery)
 
     async def _carry(self, client: trio.SocketStream) -> None:
+        self.accepted += 1
         with suppress(OSError):
             async with await trio.open_tcp_stream(*self._target) as server:
                 connection = _Connection(client, server)

@@ -1,7 +1,8 @@
-"""A real gRPC server that answers every call with one status: no emulator needed."""
+"""A real gRPC server that answers every call with one status, or none: no emulator needed."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,12 +14,16 @@ STREAMS = {"Listen", "BatchGetDocuments", "RunQuery"}
 
 
 class RefusingServer:
-    """`status` and `details` may be changed while it runs. `calls` counts what was refused."""
+    """Refuses with `status`; with `None` it hangs until the client cancels.
 
-    def __init__(self, status: grpc.StatusCode, details: str) -> None:
+    `calls` counts the calls that came, `cancelled` those that the client gave up.
+    """
+
+    def __init__(self, status: grpc.StatusCode | None, details: str) -> None:
         self.status = status
         self.details = details
         self.calls = 0
+        self.cancelled = 0
         self.metadata: dict[str, str] = {}
         self.host = ""
 
@@ -28,6 +33,12 @@ class RefusingServer:
 
         def refuse(request: Any, context: Any) -> bytes:
             self.calls += 1
+            if self.status is None:
+                ended = threading.Event()
+                context.add_callback(ended.set)
+                ended.wait(timeout=10)
+                self.cancelled += not context.is_active()
+                raise RuntimeError("nobody is there to hear it")
             context.abort(self.status, self.details)
             raise AssertionError("abort always raises")
 
@@ -40,7 +51,7 @@ class RefusingServer:
 
 @contextmanager
 def start_refusing_server(
-    status: grpc.StatusCode, details: str = "as the test wants it"
+    status: grpc.StatusCode | None, details: str = "as the test wants it"
 ) -> Iterator[RefusingServer]:
     refusing = RefusingServer(status, details)
     server = grpc.server(ThreadPoolExecutor(4), handlers=[refusing])

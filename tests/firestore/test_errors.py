@@ -127,3 +127,29 @@ async def test_a_listener_that_fails_at_once_backs_off() -> None:
                 await trio.sleep(2.0)
             assert 2 <= server.calls <= 4
             assert store.listen_restarts == len(troubles) - 1
+
+
+async def test_a_cancelled_call_is_cancelled_at_the_server() -> None:
+    with start_refusing_server(None) as server, trio.fail_after(10):
+        async with open_firestore("p", emulator_host=server.host) as client:
+            name = client.document("a", "b")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.get, name)
+                nursery.start_soon(client.batch_get, [name])
+                while server.calls < 2:
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+            with trio.fail_after(1):
+                while server.cancelled < 2:
+                    await trio.sleep(0.01)
+
+
+async def test_a_calls_deadline_ends_it_at_the_server_too() -> None:
+    with start_refusing_server(None) as server, trio.fail_after(10):
+        async with open_firestore("p", emulator_host=server.host) as client:
+            with trio.move_on_after(0.2) as late:
+                await client.get(client.document("a", "b"))
+            assert late.cancelled_caught
+            with trio.fail_after(1):
+                while server.cancelled < 1:
+                    await trio.sleep(0.01)

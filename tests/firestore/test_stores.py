@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import trio
@@ -244,6 +245,30 @@ async def test_an_old_holder_removes_nothing(stores: Stores) -> None:
         await stores.accounts.remove_account(old, ANNA, stamp, purge=True)
     listing = await stores.accounts.list_accounts()
     assert [copy.removed for copy in listing.copies] == [False]
+
+
+async def test_of_a_commit_and_a_removal_at_once_one_wins(stores: Stores) -> None:
+    grant = await acquire(stores.lease)
+    for number in range(10):
+        account_id = AccountId(f"a{number}")
+        stamp = await create(stores.accounts, grant, account_id)
+        commit = a_commit(grant, stamp, account=an_account(account_id))
+        won: list[str] = []
+
+        async def run(name: str, change: Callable[[], Awaitable[object]], won: list[str]) -> None:
+            try:
+                await change()
+            except StaleWrite:
+                return
+            won.append(name)
+
+        remove = partial(stores.accounts.remove_account, grant, account_id, stamp, purge=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, "remove", remove, won)
+            # So that it falls between the removal's reading and its commit.
+            await trio.sleep(0.002 * number)
+            nursery.start_soon(run, "commit", partial(stores.accounts.commit, commit), won)
+        assert len(won) == 1, won
 
 
 async def test_a_broken_document_is_archived_as_it_is(stores: Stores) -> None:
