@@ -22,7 +22,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -157,9 +157,12 @@ class LegacyDirectories:
     def __init__(self, configured: Path | None) -> None:
         self._configured = configured
 
-    async def scan(self, directory: str | None = None) -> Sequence[LegacyAccount | LegacyFault]:
+    async def scan(
+        self, directory: str | None = None, *, known: Collection[AccountId] = ()
+    ) -> Sequence[LegacyAccount | LegacyFault]:
         """Everything in `directory`; `None`: in the configured one, nothing when there is none.
 
+        Directories of `known` accounts are passed over without being read.
         Raises `StoreMisconfigured` when it does not exist or may not be read, `StoreUnavailable`.
         Cancelled: ends at the next file.
         """
@@ -168,7 +171,7 @@ class LegacyDirectories:
             return ()
         try:
             found = await trio.to_thread.run_sync(
-                scan_legacy_dir, path, trio.from_thread.check_cancelled
+                scan_legacy_dir, path, trio.from_thread.check_cancelled, LIMITS, frozenset(known)
             )
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise StoreMisconfigured(
@@ -196,8 +199,11 @@ def scan_legacy_dir(
     path: Path,
     checkpoint: Callable[[], object] = lambda: None,
     limits: ImportLimits = LIMITS,
+    known: Collection[AccountId] = (),
 ) -> list[BaileysImport | QuarantinedDir]:
     """Read every account in `path`: each directory in it is one, and so may `path` itself be.
+
+    Those of `known` accounts are passed over.
 
     Hidden directories, `lost+found` and directories that hold other things than `.json` files are
     no accounts. Two directories that hold the same device are both quarantined: opened together
@@ -228,6 +234,8 @@ def scan_legacy_dir(
         else:
             directories.append(path / entry.name)
     for directory in directories:
+        if account_id_of(directory) in known:
+            continue
         try:
             if directory == path or _may_be_account(directory):
                 found.append(read_baileys_dir(directory, checkpoint, limits))

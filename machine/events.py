@@ -39,7 +39,6 @@ EVENTS: dict[str, EventKind] = {
     # --- the machine
     "instance.booted": _info("{instance} is up at {address}; highest epoch on this disk: {epoch}"),
     "transition.made": _info("{source} -> {dest} ({trigger}): {reason}"),
-    "transition.failed": _error("{source} -> {dest} ({trigger}) was cut short: {error}"),
     "drain.asked": _info("drain asked: {reason}"),
     "step_down.asked": _info("step-down asked: {reason}"),
     "warm.finished": _info(

@@ -256,6 +256,7 @@ class Instance:
     async def on_enter_PASSIVE(self, reason: str) -> None:  # noqa: N802 - transitions' own naming
         """Stand by. The restore is skipped, and the log says who holds the lease."""
         del reason
+        self._entered()
         self._told_holder = None
 
     async def _acquire(self) -> HeldLease | None:
@@ -386,6 +387,7 @@ class Instance:
     async def on_enter_ACTIVE(self, reason: str, term: Term) -> None:  # noqa: N802
         """Restore every account; returns when the first pass is over."""
         del reason
+        self._entered()
         await term.restore()
 
     async def _serve(self, held: HeldLease) -> None:
@@ -494,7 +496,7 @@ class Instance:
     async def on_enter_DRAINING(self, reason: str, term: Term | None = None) -> None:  # noqa: N802
         """Settle the outbox and close the sessions, while the lease is still being renewed."""
         del reason
-        self._poke()
+        self._entered()
         if term is not None:
             await term.settle()
 
@@ -563,17 +565,15 @@ class Instance:
             epoch=self.epoch,
             instance=self.identity.name,
         )
-        self.since = self._ports.clocks.wall()
         self._transitions.append(transition)
         self._ports.journal.note(
-            "transition.made" if fired.error is None else "transition.failed",
+            "transition.made",
             source=transition.source,
             dest=transition.dest,
             trigger=transition.trigger,
             reason=transition.reason,
             epoch=transition.epoch,
             duration_s=transition.duration_s,
-            error=None if fired.error is None else type(fired.error).__name__,
         )
         if self._nursery is not None:
             self._nursery.start_soon(self._keep_transition, transition)
@@ -592,6 +592,11 @@ class Instance:
                 rng=self._ports.rng,
                 tries_max=BOOT_TRIES_MAX,
             )
+
+    def _entered(self) -> None:
+        """A state was entered: its work begins now, its record follows when that is done."""
+        self.since = self._ports.clocks.wall()
+        self._poke()
 
     def _poke(self) -> None:
         """Wake whoever waits for a change, the acquiring task included."""

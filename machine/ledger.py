@@ -284,6 +284,14 @@ class Ledger:
         if not self.complete:
             await self._wait(_Entry(complete=True))
 
+    async def wait_written(self) -> None:
+        """Wait until everything that was queued before this call is durable.
+
+        Raises `AccountVanished`, `StoreAway`.
+        """
+        if self._busy or self._waiting:
+            await self._wait(_Entry())
+
     async def rotate(self) -> bool:
         """Re-encrypt every part under the active key; false when they are already.
 

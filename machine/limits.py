@@ -17,6 +17,8 @@ class Durability(StrEnum):
 class Limits:
     """Seconds and counts. Built once from the settings; refuses numbers that contradict."""
 
+    import_try_s: float = 300.0
+    """Reading a legacy directory (300 accounts/s were measured); then it is told, and left."""
     store_try_s: float = 5.0
     """One try of one small store operation; then it is tried again."""
     restore_try_s: float = 20.0

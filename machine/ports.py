@@ -444,8 +444,13 @@ class LegacyFault:
 class LegacySource(Protocol):
     """Directories of other backends (Baileys' multi-file layout). Only ever read."""
 
-    async def scan(self, directory: str | None = None) -> Sequence[LegacyAccount | LegacyFault]:
-        """Everything in `directory`; `None`: in the configured one, nothing when there is none."""
+    async def scan(
+        self, directory: str | None = None, *, known: Collection[AccountId] = ()
+    ) -> Sequence[LegacyAccount | LegacyFault]:
+        """Everything in `directory`; `None`: in the configured one, nothing when there is none.
+
+        Directories of `known` accounts are passed over without being read.
+        """
         ...
 
 

@@ -19,14 +19,10 @@ import trio
 
 from machine.lease import describe_error
 from machine.ledger import AccountVanished, Ledger
+from machine.legacy import LegacyImport
 from machine.limits import Limits
 from machine.ports import (
-    AccountExists,
-    AuthTooLarge,
-    LegacyAccount,
-    LegacyFault,
     Ports,
-    StaleWrite,
     StoreUnavailable,
 )
 from machine.records import (
@@ -36,10 +32,8 @@ from machine.records import (
     AccountId,
     AccountStatus,
     Grant,
-    KeyChange,
     Listing,
     Message,
-    Version,
 )
 from machine.refusals import StoreAway
 from machine.retry import Backoff, TryTimedOut, retry
@@ -47,6 +41,7 @@ from machine.session import Outcome, Session, is_opened
 from machine.views import RestoreFailure, RestoreReport
 
 READ_BACKOFF = Backoff(first_s=0.2, factor=2.0, cap_s=5.0, jitter=0.5)
+LATE_BACKOFF = Backoff(first_s=1.0, factor=2.0, cap_s=15.0, jitter=0.5)
 SEAL_BATCH = 200
 SEALS_IN_FLIGHT = 4
 
@@ -174,6 +169,8 @@ class Restore:
         self._limits = limits
         self._started = trio.current_time()
         self._failures: list[RestoreFailure] = []
+        self._removed: set[AccountId] = set()
+        self._legacy = LegacyImport(term, ports=ports, limits=limits, failed=self._fail)
         self.report = RestoreReport(
             epoch=term.grant.epoch, started_at=ports.clocks.wall(), durations={}
         )
@@ -191,12 +188,21 @@ class Restore:
         await self._check_epoch(choices)
         quarantined = self._bring_to_memory(choices, local)
         self._term.known()
-        await self._import_legacy(None)
         self._tell_found(shared, local, choices, quarantined)
         await self._seal_all()
         await self._load_outbox()
         await self._open_all()
         self._finish()
+        if shared is None:
+            self._term.spawn(self._bring_late)
+
+    @property
+    def certain(self) -> bool:
+        """Whether an account that is not in memory does not exist.
+
+        Not while only the disk could be read: the shared store may know accounts that it does not.
+        """
+        return self.report.found_shared is not None
 
     # --- reading
 
@@ -264,6 +270,39 @@ class Restore:
         self._fail(None, f"{name} could not be read: {describe_error(error)}", advice)
         return None
 
+    async def _bring_late(self) -> None:
+        """Restore what only the shared store knows, as soon as it can be listed after all.
+
+        Accounts that the disk had are in memory by now; each has read its own shared copy.
+        """
+        began = trio.current_time()
+        shared = await retry(
+            self._ports.accounts.list_accounts,
+            on=(StoreUnavailable,),
+            backoff=LATE_BACKOFF,
+            try_s=self._limits.restore_try_s,
+            rng=self._ports.rng,
+        )
+        self._ports.journal.note(
+            "restore.source_read",
+            source=SHARED,
+            found=len(shared.copies),
+            duration_s=round(trio.current_time() - began, 3),
+        )
+        known = set(self._term.sessions)
+        missing = [c for c in shared.copies if c.account.account_id not in known]
+        choices = self._choose(replace(shared, copies=tuple(missing)), None)
+        await self._check_epoch(choices)
+        self._bring_to_memory(choices, None)
+        self._update(found_shared=len(shared.copies), total=len(self._term.sessions))
+        added = [s for account_id, s in self._term.sessions.items() if account_id not in known]
+        late = [session for session in added if session.ledger is not None]
+        self._term.spawn(lambda: self._load_late(late))
+        for session in late:
+            if is_opened(session.account):
+                self._term.start_session(session)
+                self._term.spawn(lambda s=session: self._await_first_pass(s, began))  # type: ignore[misc]
+
     # --- choosing
 
     def _choose(self, shared: Listing | None, local: Listing | None) -> list[Choice]:
@@ -308,6 +347,7 @@ class Restore:
         for choice in choices:
             copy = choice.copy
             if choice.removed:
+                self._removed.add(choice.account_id)
                 self._term.spawn(lambda copy=copy: self._archive(copy.account.account_id))  # type: ignore[misc]
                 continue
             if choice.fault is not None:
@@ -356,79 +396,19 @@ class Restore:
 
     # --- importing
 
-    async def _import_legacy(self, directory: str | None) -> tuple[list[AccountId], int]:
-        """Create an account for every legacy directory that has none yet."""
-        try:
-            with trio.fail_after(self._limits.restore_try_s):
-                found = await self._ports.legacy.scan(directory)
-        except (StoreUnavailable, trio.TooSlowError) as error:
-            self._fail(None, f"legacy sessions: {describe_error(error)}", "check the directory")
-            return [], 1
-        created: list[AccountId] = []
-        failed = 0
-        for item in found:
-            if item.account_id in self._term.sessions:
-                continue
-            if isinstance(item, LegacyFault):
-                failed += 1
-                self._ports.journal.note(
-                    "import.failed", directory=item.directory, cause=item.cause, advice=item.advice
-                )
-                self._fail(item.account_id, item.cause, item.advice)
-                now = self._ports.clocks.wall()
-                account = new_account(item.account_id, item.account_id, now)
-                account = replace(account, status=AccountStatus.QUARANTINED, last_error=item.cause)
-                self._term.make_session(account, None).quarantine(item.cause, item.advice)
-            elif await self._import_one(item):
-                created.append(item.account_id)
-            else:
-                failed += 1
-        return created, failed
-
-    async def _import_one(self, item: LegacyAccount) -> bool:
-        ports = self._ports
-        version = Version(self._term.grant.epoch, 1)
-        account = replace(
-            new_account(item.account_id, item.name, ports.clocks.wall()),
-            phone=item.phone,
-            status=AccountStatus.CONNECTING,
-        )
-        for cause, advice in item.notes:
-            ports.journal.note(
-                "import.noted", account_id=item.account_id, cause=cause, advice=advice
-            )
-        try:
-            changed = ports.codec.change(item.account_id, {}, KeyChange(item.keys), version)
-            parts = {name: part for name, part in changed.items() if part is not None}
-            with trio.fail_after(self._limits.store_try_s):
-                stamp = await ports.accounts.create_account(
-                    self._term.grant, account, version, parts
-                )
-        except (
-            AuthTooLarge,
-            AccountExists,
-            StaleWrite,
-            StoreUnavailable,
-            trio.TooSlowError,
-        ) as error:
-            self._fail(item.account_id, f"not imported: {describe_error(error)}", "try again")
-            return False
-        copy = AccountCopy(account, version, parts, complete=True, stamp=stamp)
-        ledger = self._term.make_ledger(copy)
-        self._term.make_session(account, ledger)
-        ports.journal.note("account.imported", account_id=item.account_id)
-        return True
+    async def _import_and_open(self) -> None:
+        """Take over what the legacy directory has and we do not; beside the opening of the rest."""
+        sessions = await self._legacy.take_over(None, except_for=self._removed)
+        await self._open(sessions)
 
     async def import_directory(self, directory: str) -> dict[str, object]:
         """Import a directory on request, and open what was imported."""
         before = len(self._failures)
-        created, _ = await self._import_legacy(directory)
-        for account_id in created:
-            session = self._term.sessions[account_id]
-            session.outbox_loaded.set()
+        sessions = await self._legacy.take_over(directory)
+        for session in sessions:
             self._term.start_session(session)
         return {
-            "imported": list(created),
+            "imported": [session.account_id for session in sessions],
             "failed": [
                 {"accountId": f.account_id, "cause": f.cause, "advice": f.advice}
                 for f in self._failures[before:]
@@ -517,21 +497,28 @@ class Restore:
         _hand_out(pending, sessions)
 
     async def _open_all(self) -> None:
-        """Start every session that is to be open, and wait for the first answer of each."""
+        """Open every session that is to be open, most recently used first."""
         began = trio.current_time()
-        opened = [s for s in self._by_recency() if s.ledger and is_opened(s.account)]
-        listed = [s for s in self._term.sessions.values() if s.ledger and not is_opened(s.account)]
-        self._update(total=len(self._term.sessions), listed=len(listed))
-        for session in opened:
-            self._term.start_session(session)
+        sessions = [s for s in self._by_recency() if s.ledger is not None]
+        opened = [s for s in sessions if is_opened(s.account)]
+        self._update(listed=len(sessions) - len(opened))
         async with trio.open_nursery() as nursery:
-            nursery.cancel_scope.deadline = trio.current_time() + self._limits.restore_first_pass_s
-            for session in opened:
-                nursery.start_soon(self._await_first_pass, session, began)
-        for session in opened:
+            nursery.start_soon(self._import_and_open)
+            await self._open(opened)
+        self._took("open", began)
+
+    async def _open(self, sessions: Sequence[Session]) -> None:
+        """Start sessions, and wait for the first answer of each."""
+        began = trio.current_time()
+        for session in sessions:
+            self._term.start_session(session)
+        with trio.move_on_after(self._limits.restore_first_pass_s):
+            async with trio.open_nursery() as nursery:
+                for session in sessions:
+                    nursery.start_soon(self._await_first_pass, session, began)
+        for session in sessions:
             if not session.first_pass.is_set():
                 self._count_failed(session, "not connected yet", "it is tried again by itself")
-        self._took("open", began)
 
     async def _await_first_pass(self, session: Session, began: float) -> None:
         await session.first_pass.wait()
@@ -600,7 +587,7 @@ class Restore:
 
     def _finish(self) -> None:
         report = self.report
-        self._update(finished_at=self._ports.clocks.wall())
+        self._update(finished_at=self._ports.clocks.wall(), total=len(self._term.sessions))
         self._ports.journal.note(
             "restore.finished",
             duration_s=round(trio.current_time() - self._started, 3),
@@ -610,18 +597,6 @@ class Restore:
             failed=len(self._failures),
             total=report.total,
         )
-
-
-def new_account(account_id: AccountId, name: str, now: float) -> Account:
-    """An account that has just been made: nothing is known of it yet."""
-    return Account(
-        account_id=account_id,
-        name=name,
-        status=AccountStatus.AWAITING_SCAN,
-        created_at=now,
-        updated_at=now,
-        since=now,
-    )
 
 
 def _hand_out(pending: Sequence[Message], sessions: Sequence[Session]) -> None:

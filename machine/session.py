@@ -292,6 +292,9 @@ class Session:
             await self.ledger.ensure_sealed()
             await self.ledger.ensure_complete()
             await self.outbox_loaded.wait()
+            # An ack of the connection before may still be on its way to the store. Opened without
+            # its keys, the account would go on with a session that the store is about to undo.
+            await self.ledger.wait_written()
             keys = self.ledger.keys() if self.ledger.parts else None
             if keys is not None:
                 await self._rotate()
@@ -573,6 +576,11 @@ class Session:
             error=error,
             attempts=attempts,
         )
+
+    async def give_up_pending(self, cause: str) -> None:
+        """Fail every message that still waits. The session must be stopped."""
+        while not self.outbox.idle:
+            await self._fail(await self.outbox.next_pending(), cause)
 
     async def _fail(self, message: Message, cause: str) -> None:
         assert self.ledger is not None

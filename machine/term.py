@@ -20,6 +20,7 @@ import trio
 
 from machine.lease import HeldLease, LeaseTiming, describe_error, keep_lease
 from machine.ledger import AccountVanished, Ledger
+from machine.legacy import first_version, new_account
 from machine.limits import Durability, Limits
 from machine.outbox import require_same
 from machine.ports import (
@@ -41,7 +42,6 @@ from machine.records import (
     Message,
     MessageId,
     MessageState,
-    Version,
 )
 from machine.refusals import (
     AccountAlreadyExists,
@@ -54,7 +54,7 @@ from machine.refusals import (
     NotAwaitingScan,
     StoreAway,
 )
-from machine.restore import Restore, new_account
+from machine.restore import Restore
 from machine.retry import Backoff, TryTimedOut, retry
 from machine.session import Session, jitter_s
 from machine.views import AccountView, PairingCode, QrCode, RestoreReport
@@ -342,6 +342,12 @@ class Term:
         if account_id not in self.sessions:
             await self._known.wait()
         session = self.sessions.get(account_id)
+        if session is None and not self._restore.certain:
+            raise StoreAway(
+                f"account {account_id} is not on this disk, and the shared store could not be read "
+                "yet; ask again",
+                retry_after_s=2,
+            )
         if session is None:
             raise AccountNotFound(
                 f"no account {account_id} in the shared store or on disk; see the list of accounts"
@@ -476,7 +482,9 @@ class Term:
         if account_id in self.sessions:
             raise AccountAlreadyExists(f"account {account_id} exists; see its status, or repair it")
         account = new_account(account_id, name, self._ports.clocks.wall())
-        version = Version(self.epoch, 1)
+        version = await self._try(
+            lambda: first_version(self._ports.accounts, account_id, self.epoch)
+        )
         try:
             stamp = await self._try(
                 lambda: self._ports.accounts.create_account(self.grant, account, version, {})
@@ -631,6 +639,7 @@ class Term:
     async def _remove_account(self, account_id: AccountId, purge: bool) -> None:
         session, ledger = await self._stoppable(account_id)
         await session.stop()
+        await session.give_up_pending("the account was removed")
         await ledger.flush()
         assert ledger.stamp is not None
         stamp = ledger.stamp

@@ -24,6 +24,7 @@ from daemon.loopback.database import open_database
 from daemon.loopback.device import make_keys, new_device, phone_of
 from daemon.settings import decode_key
 from daemon.sqlite.shared import open_sqlite_shared
+from machine.legacy import new_account
 from machine.ports import AccountStore, LeaseStore
 from machine.records import (
     Account,
@@ -34,7 +35,6 @@ from machine.records import (
     KeyName,
     Version,
 )
-from machine.restore import new_account
 
 IN_FLIGHT = 16
 

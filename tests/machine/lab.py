@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import trio
 
 from machine.instance import Instance
 from machine.lease import LeaseTiming
+from machine.legacy import new_account
 from machine.limits import Durability, Limits
 from machine.outbox import make_message_id
-from machine.ports import LegacyAccount, LegacyFault, Ports
+from machine.ports import Bridge, LegacyAccount, LegacyFault, Ports
 from machine.records import (
     AccountCopy,
     AccountId,
@@ -26,7 +27,6 @@ from machine.records import (
     Stamp,
     Version,
 )
-from machine.restore import new_account
 from machine.states import State
 from machine.term import Term
 from tests.fakes.clocks import FakeClocks
@@ -48,9 +48,26 @@ class FakeLegacy:
     def __init__(self) -> None:
         self.found: list[LegacyAccount | LegacyFault] = []
 
-    async def scan(self, directory: str | None = None) -> Sequence[LegacyAccount | LegacyFault]:
+    async def scan(
+        self, directory: str | None = None, *, known: Collection[AccountId] = ()
+    ) -> Sequence[LegacyAccount | LegacyFault]:
         await trio.lowlevel.checkpoint()
         return tuple(self.found)
+
+
+class LabConnector(FakeConnector):
+    """A connector whose bridges take `start_s` to start, as a Node process does."""
+
+    start_s = 0.0
+
+    def open_bridge(self) -> AbstractAsyncContextManager[Bridge]:
+        return self._open_slowly()
+
+    @asynccontextmanager
+    async def _open_slowly(self) -> AsyncIterator[Bridge]:
+        await trio.sleep(self.start_s)
+        async with super().open_bridge() as bridge:
+            yield bridge
 
 
 @dataclass
@@ -62,8 +79,9 @@ class Host:
     store: FakeSharedStore
     local: FakeLocalStore
     journal: RecordingJournal
-    connector: FakeConnector
+    connector: LabConnector
     legacy: FakeLegacy
+    clocks: FakeClocks
     ended: trio.Event = field(default_factory=trio.Event)
     failure: BaseException | None = None
 
@@ -114,7 +132,8 @@ class Lab:
         store = FakeSharedStore(self.state)
         local = local or FakeLocalStore()
         journal = RecordingJournal()
-        connector = self.whatsapp.connector()
+        connector = LabConnector(self.whatsapp)
+        clocks = FakeClocks()
         legacy = FakeLegacy()
         ports = Ports(
             lease=store,
@@ -125,14 +144,14 @@ class Lab:
             connector=connector,
             legacy=legacy,
             journal=journal,
-            clocks=FakeClocks(),
+            clocks=clocks,
             rng=random.Random(f"{name}-{len(self.hosts)}"),
         )
         identity = Identity(name, f"{name}-{len(self.hosts)}", f"http://{name}")
         instance = Instance(
             identity, ports=ports, timing=timing, limits=limits, durability=durability
         )
-        host = Host(name, instance, store, local, journal, connector, legacy)
+        host = Host(name, instance, store, local, journal, connector, legacy, clocks)
         self.hosts.append(host)
         return host
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from machine.records import MAIN_PART, AccountCopy, AccountId, Listing, Stamp, Version
-from machine.restore import Choice, Source, new_account, reconcile, reconcile_all
+from machine.legacy import new_account
+from machine.restore import Choice, Source, reconcile, reconcile_all
 
 ANN = AccountId("ann")
 

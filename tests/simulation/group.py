@@ -28,7 +28,7 @@ from machine.records import (
     Version,
 )
 from machine.refusals import AccountNotFound, AccountNotPaired, Refusal
-from machine.restore import new_account
+from machine.legacy import new_account
 from machine.states import State
 from tests.fakes.clocks import FakeClocks
 from tests.fakes.codec import FakeCodec
