@@ -41,7 +41,9 @@ LOSS_S = 0.3
 class FaultProxy:
     """A running proxy. `delay_s` holds back every chunk for that long, each way.
 
-    `accepted` counts the connections that there ever were.
+    `accepted` counts the connections that there ever were. `refused` resets a connection as soon as
+    the client sends these bytes on it: for a fault of one kind of call while the other connections
+    live; `refusals` counts how often.
     """
 
     def __init__(self, target: str, nursery: trio.Nursery) -> None:
@@ -55,6 +57,8 @@ class FaultProxy:
         self._connections: set[_Connection] = set()
         self.delay_s = 0.0
         self.accepted = 0
+        self.refused: bytes | None = None
+        self.refusals = 0
 
     @property
     def host(self) -> str:
@@ -126,6 +130,9 @@ class FaultProxy:
                     await trio.sleep(self.delay_s)
                 while self._fault is Fault.FREEZE or connection.frozen:
                     await self._changed.wait()
+                if requests and self.refused is not None and self.refused in chunk:
+                    self.refusals += 1
+                    break
                 if requests and self._fault is Fault.DROP_REQUESTS:
                     connection.torn = True
                 elif not requests and self._fault in {Fault.DROP_REPLIES, Fault.LOSE_REPLIES}:
