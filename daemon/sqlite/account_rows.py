@@ -262,9 +262,9 @@ def archive(connection: sqlite3.Connection, copy: AccountCopy, reason: str) -> N
         ),
     )
     connection.execute(
-        "DELETE FROM archive WHERE account_id = ?1 AND row NOT IN"
-        " (SELECT row FROM archive WHERE account_id = ?1 ORDER BY row DESC LIMIT ?2)",
-        (account_id, ARCHIVED_PER_ACCOUNT_MAX),
+        "DELETE FROM archive WHERE account_id = ? AND row NOT IN"
+        " (SELECT row FROM archive WHERE account_id = ? ORDER BY row DESC LIMIT ?)",
+        (account_id, account_id, ARCHIVED_PER_ACCOUNT_MAX),
     )
 
 
@@ -341,7 +341,7 @@ def _put_parts(
             )
         else:
             connection.execute(
-                "INSERT INTO parts (account_id, name, data) VALUES (?1, ?2, ?3)"
-                " ON CONFLICT (account_id, name) DO UPDATE SET data = ?3",
+                "INSERT INTO parts (account_id, name, data) VALUES (?, ?, ?)"
+                " ON CONFLICT (account_id, name) DO UPDATE SET data = excluded.data",
                 (account_id, name, data),
             )

@@ -199,9 +199,9 @@ def _archive(connection: sqlite3.Connection, account_id: AccountId, reason: str)
         (time.time(), reason, changes, account_id),
     )
     connection.execute(
-        "DELETE FROM archive WHERE account_id = ?1 AND row NOT IN"
-        " (SELECT row FROM archive WHERE account_id = ?1 ORDER BY row DESC LIMIT ?2)",
-        (account_id, ARCHIVED_PER_ACCOUNT_MAX),
+        "DELETE FROM archive WHERE account_id = ? AND row NOT IN"
+        " (SELECT row FROM archive WHERE account_id = ? ORDER BY row DESC LIMIT ?)",
+        (account_id, account_id, ARCHIVED_PER_ACCOUNT_MAX),
     )
 
 

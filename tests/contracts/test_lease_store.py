@@ -259,6 +259,8 @@ async def test_the_watch_keeps_the_newest_for_a_slow_reader(world: SharedWorld) 
             assert (await changes.receive()).epoch == 0
             for number in range(5):
                 await acquire(world.lease, f"h{number}")
+                # Long enough for each to arrive while nobody reads.
+                await trio.sleep(0.06)
             told = 0
             while told != 5:
                 epoch = (await changes.receive()).epoch

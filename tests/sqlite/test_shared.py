@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,13 @@ async def test_ten_thousand_accounts_are_listed_while_the_loop_turns(tmp_path: P
                 turns += 1
 
         nursery.start_soon(turn)
-        begun = host_boottime()
+        begun = time.process_time()
         listing = await store.list_accounts()
-        took_s = host_boottime() - begun
+        took_s = time.process_time() - begun
         nursery.cancel_scope.cancel()
     assert len(listing.copies) == len(names)
-    # The aim is 0.3 s on an idle core; a shared one gets three times as long.
-    assert took_s < 0.9
+    # 0.1 to 0.2 s of a core, whoever else wants it; more than this is another algorithm.
+    assert took_s < 0.6
     assert turns >= 3
 
 
