@@ -1,1 +1,4 @@
-"""The figures: what `make bench` measures. Each module here is one of them, and runs alone."""
+"""The figures: what `make bench` measures. Each module with a `FIGURE` is one of them.
+
+Never lives here: a claim without the thing it is compared to, measured in the same run.
+"""

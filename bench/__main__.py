@@ -1,47 +1,74 @@
-"""Run every figure in this directory, one after the other, each in a process of its own.
+"""Run the figures, one after the other, each in a process of its own; one table at the end.
 
-`python -m bench [--quick] [NAME…]`. A figure is a module with a `main` behind
-`if __name__ == "__main__"` that prints its table, then its result as one line of JSON, and that
-takes `--quick` for fewer rounds. Two at a time would measure each other.
+`python -m bench [--quick] [--only NAME…] [--json FILE]`. Two figures at a time would measure each
+other. Ends with 1 when one could not be measured; an aim that is missed is a figure, not a failure.
 """
 
 import argparse
+import json
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
-MARK = 'if __name__ == "__main__":'
+from bench.rows import Row, host_facts, progress, read_rows, show
+
+FIGURES = ("startup", "sends", "restore", "handoff", "crash", "idle")
 
 
-def figures() -> list[str]:
-    """The modules that can be run, by name."""
-    here = Path(__file__).parent
-    return sorted(
-        path.stem
-        for path in here.glob("*.py")
-        if path != Path(__file__) and MARK in path.read_text(encoding="utf-8")
-    )
+def run_figure(name: str, size: str, path: Path) -> list[Row] | None:
+    """One figure's rows; `None` when it could not be measured."""
+    progress(f"--- {name}")
+    began = time.monotonic()
+    command = [
+        sys.executable,
+        "-m",
+        f"bench.{name}",
+        "--quiet",
+        "--size",
+        size,
+        "--json",
+        str(path),
+    ]
+    code = subprocess.run(command, check=False).returncode
+    progress(f"--- {name}: {time.monotonic() - began:.0f} s")
+    return read_rows(path) if code == 0 else None
 
 
 def main() -> int:
-    """Run them; 1 when one of them failed."""
+    """Run what is asked for, and print it."""
     parser = argparse.ArgumentParser(prog="make bench", description="Measure, and print figures.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, for CI")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(figures())}")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, for CI (< 3 minutes)")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON here too")
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(figures()):
-        parser.error(f"no such figure: {', '.join(sorted(unknown))}")
+    before = host_facts()
+    rows: list[Row] = []
     failed = []
-    for name in arguments.names or figures():
-        print(f"\n=== {name}", flush=True)
-        started_at = time.monotonic()
-        command = [sys.executable, "-m", f"bench.{name}", *["--quick"] * arguments.quick]
-        if subprocess.run(command, check=False).returncode != 0:
-            failed.append(name)
-        print(f"=== {name}: {time.monotonic() - started_at:.1f} s", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in arguments.only:
+            found = run_figure(
+                name, "quick" if arguments.quick else "full", Path(directory) / f"{name}.json"
+            )
+            rows += found or []
+            if found is None:
+                failed.append(name)
+    content = {
+        "host": before,
+        "load_average_after": host_facts()["load_average"],
+        "size": "quick" if arguments.quick else "full",
+        "rows": [asdict(row) for row in rows],
+        "failed": failed,
+    }
+    show(rows)
+    print(f"load average {before['load_average']} before, {content['load_average_after']} after")
+    print(json.dumps(content))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"not measured: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
