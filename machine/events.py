@@ -49,6 +49,10 @@ EVENTS: dict[str, EventKind] = {
         "this host's disk copy could not be written ({what}): {error}; "
         "the shared store has everything; check free space and permissions"
     ),
+    "disk.unreadable": _warning(
+        "account {account_id}: this disk's copy {version} could not be read ({error}); "
+        "its bytes are kept, the shared store's copy is used"
+    ),
     # --- the lease
     "lease.acquired": _info("lease acquired: epoch {epoch}, was held by {previous}"),
     "lease.not_acquired": _info("lease not acquired: {holder} was faster"),

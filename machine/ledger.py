@@ -18,6 +18,7 @@ import trio
 from machine.lease import describe_error
 from machine.limits import Durability, Limits
 from machine.ports import (
+    AccountExists,
     MessageExists,
     Ports,
     StaleWrite,
@@ -357,8 +358,10 @@ class Ledger:
             and self._saved == self.version
             and not any(entry.shared or entry.new_message for entry in batch)
         )
-        needs_parts = any(entry.complete or entry.keys or entry.clear for entry in batch)
-        if (needs_parts and not self.complete) or (self.stamp is None and not local_first):
+        needs_parts = self._push or any(e.complete or e.keys or e.clear for e in batch)
+        if needs_parts and not self.complete:
+            await self._complete()
+        if self.stamp is None and not local_first:
             await self._readopt()
         settled = self.sealed and not self._behind.dirty and not self._push
         if settled and all(entry.empty for entry in batch):
@@ -480,6 +483,68 @@ class Ledger:
             noted=noted,
         )
 
+    async def _complete(self) -> None:
+        """Have every part in memory: this disk's, if they are of this very copy, or the shared.
+
+        Raises as `_readopt`.
+        """
+        if self._saved is not None:
+            copy = await self._fetch_locally()
+            if copy is not None and copy.version in (self._saved, self.version):
+                self.parts = dict(copy.parts)
+                self.complete = True
+                return
+        await self._readopt()
+
+    async def _create(self) -> None:
+        """Write the account to a shared store that does not have it: only this disk did.
+
+        Raises `AccountVanished` where it is there after all, and `StoreAway`.
+        """
+        if not self.complete:
+            raise AccountVanished(f"account {self.account_id}: this disk's copy cannot be read")
+        version = Version(self._term.grant.epoch, self.version.revision)
+
+        async def once() -> Stamp:
+            self._term.check()
+            return await self._ports.accounts.create_account(
+                self._term.grant, self.account, version, self.parts
+            )
+
+        try:
+            self.stamp = await retry(
+                once,
+                on=(StoreUnavailable,),
+                backoff=COMMIT_BACKOFF,
+                try_s=self._limits.store_try_s,
+                rng=self._ports.rng,
+            )
+        except AccountExists:
+            # An earlier try of ours that got no answer: the next look finds it.
+            raise StoreAway(f"account {self.account_id} is being written; ask again") from None
+        except StaleWrite as stale:
+            self._term.lose(f"account {self.account_id} could not be written: {stale}")
+            self._term.check()
+        self.version, self._push = version, False
+
+    async def _fetch_locally(self) -> AccountCopy | None:
+        """This disk's copy, `None` when it cannot be read: then the shared one serves."""
+        try:
+            with trio.fail_after(self._limits.store_try_s):
+                copy = await self._ports.local.fetch_account(self.account_id)
+        except (StoreUnavailable, trio.TooSlowError) as error:
+            fault: str | None = describe_error(error)
+        else:
+            if copy is None:
+                return None
+            fault = copy.fault or self._ports.codec.check(self.account_id, copy.parts)
+            if fault is None:
+                return copy
+        self._ports.journal.note(
+            "disk.unreadable", account_id=self.account_id, version=str(self.version), error=fault
+        )
+        return None
+
     async def _readopt(self) -> None:
         """Read the shared copy again and go on from it. An older copy never replaces ours.
 
@@ -498,6 +563,9 @@ class Ledger:
             try_s=self._limits.store_try_s,
             rng=self._ports.rng,
         )
+        if head is None and self._push:
+            await self._create()
+            return
         if head is None or head.removed:
             raise AccountVanished(f"account {self.account_id} is not in the shared store any more")
         if head.version.epoch > self._term.grant.epoch:
@@ -508,6 +576,11 @@ class Ledger:
             self._term.check()
         self.stamp = head.stamp
         if self._push and self.version > head.version:
+            if not self.complete:
+                raise AccountVanished(
+                    f"account {self.account_id}: this disk's copy {self.version} is newer than the "
+                    f"shared store's {head.version}, and cannot be read"
+                )
             return
         if head.fault is not None:
             raise AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")

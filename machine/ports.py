@@ -198,7 +198,14 @@ class LocalStore(Protocol):
     """This host's own copy. An older version never overwrites a newer one (`StaleWrite`)."""
 
     async def list_accounts(self) -> Listing:
-        """Every account, complete (all parts), each with its fault if it cannot be read."""
+        """Every account with its `MAIN_PART`, each with its fault if it cannot be read.
+
+        Entering ACTIVE waits for it: what only opening an account needs is read then.
+        """
+        ...
+
+    async def fetch_account(self, account_id: AccountId) -> AccountCopy | None:
+        """One account, complete, with its fault if it cannot be read."""
         ...
 
     async def save_account(self, copy: AccountCopy) -> None:

@@ -87,8 +87,8 @@ class Account:
 class AccountCopy:
     """One store's copy of an account.
 
-    `parts` always holds `MAIN_PART` when the store could read it; the other parts are there only
-    when they were asked for (`fetch_account`) or cost nothing (`LocalStore`): see `complete`.
+    `parts` holds `MAIN_PART`, unless the account was never paired; the other parts are there only
+    when they were asked for (`fetch_account`): see `complete`.
     A copy that could not be read keeps its bytes in the store; `fault` says what is wrong with it
     and `account` holds what could still be made out.
     """
