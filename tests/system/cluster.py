@@ -135,6 +135,15 @@ class Cluster:
             await self.wait_state(node, state)
         return node
 
+    async def restart_with(self, node: Node, **extra: str) -> Node:
+        """Start a node's process with settings that only this run has; waits until it answers."""
+        before = dict(node.env)
+        node.env.update(extra)
+        try:
+            return await self.restart(node)
+        finally:
+            node.env = before
+
     async def answers(self, node: Node, path: str) -> bool:
         try:
             return (await self.client.get(node.url + path)).status_code == 200

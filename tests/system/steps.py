@@ -7,9 +7,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from tests.system.cluster import Cluster, Node
+
+SHARED = "the shared store"
+DISK = "this disk"
+BOTH = "this disk (same version in the shared store)"
+"""Where a restore takes a copy from, as its report says it."""
+
+LONG_ON_FIRESTORE = pytest.mark.parametrize(
+    "store_env",
+    ["sqlite", pytest.param("firestore", marks=[pytest.mark.emulator, pytest.mark.long])],
+    indirect=True,
+)
+"""For tests whose subject is the same on both stores: Firestore's turn is among the long ones."""
+
+ALONE = {"WATCHKEEPER_DRAIN_LINGER_S": "0"}
+"""For an instance without a successor: there is nobody to forward to after its release."""
 
 FINISHED_S = 40.0
 ARRIVED_S = 20.0
@@ -26,7 +42,7 @@ async def send_all(cluster: Cluster, node: Node, account_id: str, *texts: str) -
 
 
 async def arrived_readable_once(cluster: Cluster, node: Node, accepted: dict[str, str]) -> None:
-    """Everything accepted reached its recipient once, and none was encrypted with an old ratchet."""
+    """Everything accepted reached its recipient once, and nothing came from an old ratchet."""
     with trio.fail_after(ARRIVED_S):
         while True:
             shown = Counter(m["messageId"] for m in await cluster.received(node))
@@ -58,6 +74,11 @@ async def statuses(cluster: Cluster, node: Node) -> dict[str, str]:
     """Account id → status, of every account that is listed."""
     found = await cluster.json(node, "GET", "/api/whatsapp/accounts")
     return {account["accountId"]: account["status"] for account in found["accounts"]}
+
+
+def lines_of(node: Node, pattern: str) -> list[str]:
+    """The lines of the node's log that match `pattern`."""
+    return [line for line in node.log().splitlines() if re.search(pattern, line)]
 
 
 async def wait_logged(node: Node, pattern: str, within_s: float = 20.0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -65,11 +65,11 @@ async def _exactly_one_after_healing(cluster: Cluster, nodes: list[Node]) -> Non
     assert evictions["count"] == 0
 
 
-async def _hang_and_heal(cluster: Cluster, hang: AsyncIterator[None] | object) -> None:
+async def _hang_and_heal(cluster: Cluster, hang: AbstractAsyncContextManager[None]) -> None:
     a = await cluster.start("a", state="ACTIVE", **TIMES)
     await cluster.add_paired(a, "ann")
     b = await cluster.start("b", state="PASSIVE", **TIMES)
-    async with hang:  # type: ignore[attr-defined]
+    async with hang:
         hung_at = trio.current_time()
         stopped_after_s = await _until_it_stops(cluster, a, hung_at)
         # The last renewal was asked for before the hang began.

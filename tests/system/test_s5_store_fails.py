@@ -19,6 +19,10 @@ import trio
 from tests.fault_proxy import FaultProxy, open_fault_proxy
 from tests.system.cluster import Cluster, Node, firestore_env, open_cluster
 from tests.system.steps import (
+    ALONE,
+    BOTH,
+    DISK,
+    SHARED,
     arrived_readable_once,
     dashboard,
     restored,
@@ -29,12 +33,8 @@ from tests.system.steps import (
 
 pytestmark = pytest.mark.system
 
-SHARED = "the shared store"
-DISK = "this disk"
-BOTH = "this disk (same version in the shared store)"
-
 ACCOUNTS_QUERY = b"\x12\x08accounts"
-"""A query's `from.collection_id` on the wire: in a document's name the word is written otherwise."""
+"""A query's `from.collection_id` on the wire; a document's name has the word without the length."""
 
 IMPATIENT = {"WATCHKEEPER_RESTORE_TRY_S": "1", "WATCHKEEPER_RESTORE_GIVE_UP_S": "2"}
 
@@ -44,14 +44,16 @@ async def open_behind_proxy(
     tmp_path: Path, emulator: str
 ) -> AsyncIterator[tuple[Cluster, FaultProxy]]:
     """A group whose way to the emulator can be cut."""
-    async with open_fault_proxy(emulator) as proxy:
-        async with open_cluster(tmp_path, firestore_env(tmp_path, proxy.host)) as cluster:
-            yield cluster, proxy
+    async with (
+        open_fault_proxy(emulator) as proxy,
+        open_cluster(tmp_path, firestore_env(tmp_path, proxy.host)) as cluster,
+    ):
+        yield cluster, proxy
 
 
 async def _paired_and_stopped(cluster: Cluster, **extra: str) -> tuple[Node, dict[str, str]]:
     """A node that paired two accounts, sent a message with each and ended in order."""
-    node = await cluster.start("a", state="ACTIVE", **extra)
+    node = await cluster.start("a", state="ACTIVE", **ALONE, **extra)
     await cluster.add_paired(node, "ann", "ben")
     accepted = await send_all(cluster, node, "ann", "ann before")
     accepted |= await send_all(cluster, node, "ben", "ben before")
