@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+from trio.testing import MockClock
+
+from machine.records import MessageState
+from tests.fakes.shared_store import Passage
+from tests.machine.lab import ANN, open_lab
+
+
+@pytest.fixture
+def autojump_clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
+
+
+async def test_a_reopened_account_has_the_keys_of_an_ack_that_was_still_being_stored(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        host = lab.start(lab.make("a"))
+        await host.journal.wait_for("restore.finished")
+        host.store.schedule("commit", Passage(), Passage(request_s=4.0))
+        message = await host.send(ANN, "acknowledged, not stored yet")
+        lab.whatsapp.cut(ANN)
+        done = await host.term.wait_progress(message.message_id)
+        assert done.state is MessageState.SERVER_ACK
+        await host.journal.wait_for("session.connected", 2)
+        again = await host.send(ANN, "with the next key")
+        await host.term.wait_progress(again.message_id)
+        # Once each on the wire: the first was not sent again under a session of its own.
+        assert [one.message_id for one in lab.whatsapp.raw] == [
+            message.message_id,
+            again.message_id,
+        ]
+        assert lab.whatsapp.unreadable() == []
