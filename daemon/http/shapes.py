@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from daemon.http.peers import Peer
-from machine.records import Message, Transition
+from machine.records import PENDING_STATES, Message, MessageState, Transition
 from machine.views import AccountView, LeaseStatus, RestoreReport
 
 Json = dict[str, object]
@@ -49,8 +49,14 @@ def accounts_json(views: Iterable[AccountView], *, in_memory: bool | None = None
 
 
 def sent_json(message: Message) -> Json:
-    """What a send answers."""
-    return {"success": True, "messageId": message.message_id, "status": message.state.value}
+    """What a send answers: how far the server has taken it.
+
+    A receipt may have come in before the answer is written; a send's status still says
+    `server_ack`, as the contract does, and the message's own route says more.
+    """
+    pending = message.state in PENDING_STATES
+    status = message.state if pending else MessageState.SERVER_ACK
+    return {"success": True, "messageId": message.message_id, "status": status.value}
 
 
 def message_json(message: Message) -> Json:

@@ -54,6 +54,14 @@ async def test_send_answers_200_once_the_server_has_it(api: Asking, world: World
     assert world.messages[sent["messageId"]].to == "491512345"
 
 
+async def test_send_says_server_ack_also_when_a_receipt_came_in_first(
+    api: Asking, term: FakeTerm
+) -> None:
+    term.ends_as = MessageState.DELIVERED
+    answer = await api.send()
+    assert (answer.status_code, answer.json()["status"]) == (200, "server_ack")
+
+
 async def test_send_answers_202_while_it_is_only_durable(
     instance: FakeInstance, term: FakeTerm, autojump_clock: object
 ) -> None:
