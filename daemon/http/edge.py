@@ -9,8 +9,10 @@ from __future__ import annotations
 import random
 import re
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -126,7 +128,7 @@ class Edge:
                 "http.request_failed",
                 method=inbound.method,
                 path=inbound.path,
-                error=type(error).__name__,
+                error=_place_of(error),
                 request_id=inbound.request_id,
             )
             await outbound.refuse(bug(), receive)
@@ -270,6 +272,15 @@ async def _throw_away(receive: Receive) -> None:
             total += len(event.get("body", b""))
             if event["type"] == "http.disconnect" or not event.get("more_body", False):
                 return
+
+
+def _place_of(error: BaseException) -> str:
+    """What kind of error, and where it was raised: not its words, which may hold a caller's."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    place = f" at {Path(frames[0].filename).name}:{frames[0].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 def _request_id(headers: Sequence[Header]) -> str:

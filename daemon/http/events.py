@@ -9,7 +9,8 @@ HTTP_EVENTS: dict[str, EventKind] = {
     "http.opened": EventKind(Level.INFO, "API listening at {address}"),
     "http.closed": EventKind(Level.INFO, "API closed; {in_flight} requests were cut off"),
     "http.request_failed": EventKind(
-        Level.ERROR, "{method} {path} failed: {error}; this is a bug, please report it"
+        Level.ERROR,
+        "{method} {path} failed: {error} (request {request_id}); this is a bug, please report it",
     ),
     "http.connection_failed": EventKind(Level.WARNING, "a connection broke the server: {error}"),
     "http.connections_full": EventKind(
