@@ -150,7 +150,7 @@ class RestoreTerm(Protocol):
     def make_session(self, account: Account, ledger: Ledger | None) -> Session: ...
     def start_session(self, session: Session) -> None: ...
     def spawn(self, work: Callable[[], Awaitable[None]]) -> None: ...
-    def lose(self, reason: str) -> None: ...
+    def lose(self, reason: str, *, epoch_seen: int = 0) -> None: ...
     def known(self) -> None:
         """Every account is in memory now: who is not, does not exist."""
         ...
@@ -185,7 +185,7 @@ class Restore:
         if shared is None and local is None:
             raise RestoreImpossible("neither the shared store nor this disk could be read")
         choices = self._choose(shared, local)
-        await self._check_epoch(choices)
+        self._check_epoch(choices)
         quarantined = self._bring_to_memory(choices, local)
         self._term.known()
         self._tell_found(shared, local, choices, quarantined)
@@ -292,7 +292,7 @@ class Restore:
         known = set(self._term.sessions)
         missing = [c for c in shared.copies if c.account.account_id not in known]
         choices = self._choose(replace(shared, copies=tuple(missing)), None)
-        await self._check_epoch(choices)
+        self._check_epoch(choices)
         self._bring_to_memory(choices, None)
         self._update(found_shared=len(shared.copies), total=len(self._term.sessions))
         added = [s for account_id, s in self._term.sessions.items() if account_id not in known]
@@ -324,21 +324,19 @@ class Restore:
         )
         return replace(listing, copies=copies)
 
-    async def _check_epoch(self, choices: Sequence[Choice]) -> None:
+    def _check_epoch(self, choices: Sequence[Choice]) -> None:
         """End the term when an account was written under a higher epoch than ours.
 
         The lease documents were then restored from an older backup. The next term starts above.
         """
+        epoch = self._term.grant.epoch
         highest = max((choice.copy.version.epoch for choice in choices), default=0)
-        if highest <= self._term.grant.epoch:
-            return
-        self._ports.journal.note(
-            "epoch.fell", found=highest, where="the accounts", epoch=self._term.grant.epoch
-        )
-        with trio.move_on_after(self._limits.store_try_s):
-            await self._ports.local.raise_epoch(highest)
-        self._term.lose(f"accounts carry epoch {highest}, the lease only {self._term.grant.epoch}")
-        self._term.check()
+        if highest > epoch:
+            self._ports.journal.note("epoch.fell", found=highest, where="the accounts", epoch=epoch)
+            self._term.lose(
+                f"accounts carry epoch {highest}, the lease only {epoch}", epoch_seen=highest
+            )
+            self._term.check()
 
     def _bring_to_memory(self, choices: Sequence[Choice], local: Listing | None) -> int:
         """Make a session for every account; how many are quarantined."""
@@ -586,8 +584,8 @@ class Restore:
         )
 
     def _finish(self) -> None:
-        report = self.report
         self._update(finished_at=self._ports.clocks.wall(), total=len(self._term.sessions))
+        report = self.report
         self._ports.journal.note(
             "restore.finished",
             duration_s=round(trio.current_time() - self._started, 3),
