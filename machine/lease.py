@@ -399,8 +399,12 @@ async def release(
                 continue
             if judge(view, attempt) is not Verdict.NOT_APPLIED:
                 return True
+            news = view.fence_stamp != held.fence_stamp or view.lease_stamp != held.lease_stamp
             held.lease, held.lease_stamp = view.lease, view.lease_stamp
             held.fence, held.fence_stamp = view.fence, view.fence_stamp
+            if not news:
+                # Nothing has changed, so the store itself said no: do not ask in a tight loop.
+                await trio.sleep(timing.attempt_s / 4)
     return False
 
 
