@@ -52,6 +52,7 @@ from machine.term import EndAsked, Term, open_term
 from machine.views import AccountView, Holder, LeaseStatus, RestoreReport
 
 LOOK_BACKOFF = Backoff(first_s=0.25, factor=2.0, cap_s=5.0, jitter=0.5)
+LOOK_INTERVAL_MIN_S = 0.01
 BOOT_BACKOFF = Backoff(first_s=0.1, factor=2.0, cap_s=1.0, jitter=0.5)
 BOOT_TRIES_MAX = 3
 
@@ -102,6 +103,7 @@ class Instance:
         self._epoch_floor = 0
         self._stand_back_until = -math.inf
         self._told_holder: tuple[str, int] | None = None
+        self._fence: Fence | None = None
         self._nursery: trio.Nursery | None = None
         self._engine = Engine(self, fired=self._record)
 
@@ -283,7 +285,9 @@ class Instance:
                 self._stand_back_until - now,
             )
             if wait_s > 0:
-                await self._wait_moved(moved, now + wait_s)
+                # Woken a hair before the expiry, we would look again and again until it comes.
+                soonest = trio.current_time() + LOOK_INTERVAL_MIN_S
+                await self._wait_moved(moved, max(now + wait_s, soonest))
                 continue
             if view.lease.incarnation != self.identity.incarnation:
                 await trio.sleep(self._ports.rng.uniform(0, ACQUIRE_JITTER_S))
@@ -370,6 +374,7 @@ class Instance:
         with trio.CancelScope() as self._watching:
             async with self._ports.lease.watch_fence() as fences:
                 async for fence in fences:
+                    self._fence = fence
                     self._note_holder(fence)
                     self._fence_moved.set()
                     if self._term is not None:
@@ -400,6 +405,7 @@ class Instance:
             term, self._term = self._term, None
             if term is not None:
                 self._report = term.restore_report
+                self._epoch_floor = max(self._epoch_floor, term.epoch_seen)
             self._poke()
             if ended is None or ended.release:
                 await self._release(held, ended)
@@ -423,6 +429,9 @@ class Instance:
                 durability=self._durability,
             ) as term:
                 self._term = term
+                if self._fence is not None:
+                    # What was asked for while the bridge was starting.
+                    self._heed(self._fence, term)
                 if self._drain_reason is not None:
                     term.ask_end(EndAsked(self._drain_reason))
                 else:

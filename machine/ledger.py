@@ -61,8 +61,8 @@ class TermGuard(Protocol):
         """Raise `NotActive` when the term is over, on either clock."""
         ...
 
-    def lose(self, reason: str) -> None:
-        """End the term at once: another acts."""
+    def lose(self, reason: str, *, epoch_seen: int = 0) -> None:
+        """End the term at once: another acts, under `epoch_seen` where that is known."""
         ...
 
     def spawn(self, work: Callable[[], Any]) -> None:
@@ -571,7 +571,8 @@ class Ledger:
         if head.version.epoch > self._term.grant.epoch:
             self._term.lose(
                 f"account {self.account_id} carries epoch {head.version.epoch}, "
-                f"ours is {self._term.grant.epoch}"
+                f"ours is {self._term.grant.epoch}",
+                epoch_seen=head.version.epoch,
             )
             self._term.check()
         self.stamp = head.stamp

@@ -110,6 +110,7 @@ class Term:
         self.lease_ttl_s = timing.ttl_s
         self.scope = trio.CancelScope(deadline=held.deadline)
         self.lost_reason: str | None = None
+        self.epoch_seen = held.grant.epoch
         self.end_asked: EndAsked | None = None
         self._end_asked = trio.Event()
         self._ports = ports
@@ -155,8 +156,12 @@ class Term:
         for visitor in self._visitors:
             visitor.deadline = held.deadline
 
-    def lose(self, reason: str) -> None:
-        """End the term at once: another acts, or may."""
+    def lose(self, reason: str, *, epoch_seen: int = 0) -> None:
+        """End the term at once: another acts, or may.
+
+        `epoch_seen` is the higher epoch that says so, if one does: the next term starts above it.
+        """
+        self.epoch_seen = max(self.epoch_seen, epoch_seen)
         if self.lost_reason is None and not self.scope.cancel_called:
             self.lost_reason = reason
             self._ports.journal.note("lease.lost", epoch=self.epoch, reason=reason)
