@@ -207,8 +207,18 @@ class Lab:
 
 
 @asynccontextmanager
-async def open_lab() -> AsyncIterator[Lab]:
-    """A world whose group is initialised and whose instances are stopped at the end."""
+async def open_lab(*, limit_s: float = 7200.0) -> AsyncIterator[Lab]:
+    """A world whose group is initialised and whose instances are stopped at the end.
+
+    Fails after `limit_s` of the test's own clock: what never comes would be waited for for ever.
+    """
+    with trio.fail_after(limit_s):
+        async with _open_lab() as lab:
+            yield lab
+
+
+@asynccontextmanager
+async def _open_lab() -> AsyncIterator[Lab]:
     async with trio.open_nursery() as nursery:
         lab = Lab(nursery)
         lab.state.initialise(0)
