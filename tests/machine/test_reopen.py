@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from machine.records import MessageState
@@ -22,6 +23,8 @@ async def test_a_reopened_account_has_the_keys_of_an_ack_that_was_still_being_st
         await host.journal.wait_for("restore.finished")
         host.store.schedule("commit", Passage(), Passage(request_s=4.0))
         message = await host.send(ANN, "acknowledged, not stored yet")
+        while not lab.whatsapp.raw:
+            await trio.sleep(0.01)
         lab.whatsapp.cut(ANN)
         done = await host.term.wait_progress(message.message_id)
         assert done.state is MessageState.SERVER_ACK

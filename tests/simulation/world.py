@@ -87,15 +87,15 @@ class Link:
     requests_lost: int = 0
     replies_lost: int = 0
     slow: int = 0
-    """Each way takes up to `SLOW_S`."""
+    """Requests arrive soon, and the answers take their time."""
     rough: float = 0.0
     """The chance that a call meets one of the small faults."""
 
     def weather(self, operation: str) -> Passage:
         """How the next call travels."""
         rng = self.rng
-        low_s, high_s = SLOW_S if self.slow else CALM_S
-        request_s, reply_s = rng.uniform(low_s, high_s), rng.uniform(low_s, high_s)
+        request_s = rng.uniform(*(SLOW_REQUEST_S if self.slow else CALM_S))
+        reply_s = rng.uniform(*(SLOW_REPLY_S if self.slow else CALM_S))
         delivered = not self.requests_lost
         answered = not self.replies_lost
         error_before = error_after = None
@@ -122,7 +122,8 @@ class Link:
 
 
 CALM_S = (0.002, 0.03)
-SLOW_S = (0.3, 1.4)
+SLOW_REQUEST_S = (0.01, 0.5)
+SLOW_REPLY_S = (0.4, 2.4)
 LATE_MAX_S = 25.0
 
 
