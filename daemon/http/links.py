@@ -6,7 +6,7 @@ Never lives here: waiting for another holder, or a second try (`daemon.http.forw
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -107,6 +107,34 @@ async def open_links(settings: ApiSettings) -> AsyncIterator[Links]:
         yield Links(kept=kept_client, fresh=fresh_client)
 
 
+class _Body(httpx.AsyncByteStream):
+    """A request's body that may be left half sent.
+
+    httpx's own is an async generator; left behind at a cancellation, it is cleaned up by the
+    garbage collector, with a warning.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._chunks = [content] if content else []
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._chunks:
+            raise StopAsyncIteration
+        return self._chunks.pop()
+
+
+def build_request(
+    client: httpx.AsyncClient, method: str, url: str, headers: Sequence[Header], body: bytes
+) -> httpx.Request:
+    """A request that may be cancelled anywhere. Raises `httpx.InvalidURL`."""
+    request = client.build_request(method, url, headers=list(headers), content=body or None)
+    request.stream = _Body(body)
+    return request
+
+
 @cache
 def _trust() -> ssl.SSLContext:
     # Reading the certificates takes a tenth of a second; they are the same for every link.
@@ -160,12 +188,9 @@ class HolderLink:
         client = self._links.kept if is_repeatable(inbound) else self._links.fresh
         try:
             with trio.fail_after(self._answer_s(inbound)):
-                request = client.build_request(
-                    inbound.method,
-                    _url(holder, inbound),
-                    headers=self._headers(inbound, holder),
-                    content=inbound.body or None,
-                )
+                headers = self._headers(inbound, holder)
+                url = _url(holder, inbound)
+                request = build_request(client, inbound.method, url, headers, inbound.body)
                 response = await client.send(request, stream=True)
                 try:
                     answer = await self._read(response)

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import trio
 
-from daemon.http.links import is_me
+from daemon.http.links import build_request, is_me
 from daemon.http.ports import ApiSettings, InstancePort
 from daemon.http.server import Note
 from machine.states import State
@@ -120,16 +120,15 @@ async def _say_hello(
         "address": instance.identity.address,
         "version": settings.version,
     }
+    headers = [
+        (b"authorization", f"Bearer {settings.tokens[0]}".encode()),
+        (b"content-type", b"application/json"),
+    ]
     try:
         with trio.fail_after(settings.connect_s):
-            response = await client.post(
-                holder.address.rstrip("/") + HELLO_PATH,
-                content=msgspec.json.encode(said),
-                headers={
-                    "authorization": f"Bearer {settings.tokens[0]}",
-                    "content-type": "application/json",
-                },
-            )
+            url = holder.address.rstrip("/") + HELLO_PATH
+            request = build_request(client, "POST", url, headers, msgspec.json.encode(said))
+            response = await client.send(request)
     except (httpx.HTTPError, httpx.InvalidURL, trio.TooSlowError):
         return False
     found = _read_peers(response)
