@@ -22,7 +22,6 @@ from machine.ports import (
     MessageExists,
     Ports,
     StaleWrite,
-    StoreMisconfigured,
     StoreUnavailable,
 )
 from machine.records import (
@@ -144,6 +143,8 @@ class Ledger:
         self._limits = limits
         self._durability = durability
         self._push = push
+        # The parts that the shared store has of a copy that ours is to replace; `None`: unknown.
+        self._replaced: tuple[PartName, ...] | None = None
         self._waiting: list[_Entry] = []
         self._busy = False
         self._idle = trio.Event()
@@ -222,10 +223,15 @@ class Ledger:
             raise entry.error
 
     async def flush(self) -> None:
-        """Wait until everything queued is durable and the shared store has all of it."""
-        if self._behind.dirty:
-            await self._wait(_Entry(shared=True))
-        await self._idle.wait()
+        """Wait until everything queued is durable and the shared store has all of it.
+
+        Raises `AccountVanished`, `StoreAway`.
+        """
+        while self._busy or self._behind.dirty:
+            if self._behind.dirty:
+                await self._wait(_Entry(shared=True))
+            # A commit that was in flight may have put us behind only now: look again.
+            await self._idle.wait()
 
     # --- sealing many accounts at once (`machine.restore`)
 
@@ -324,12 +330,26 @@ class Ledger:
         """Commit what waits until nothing does. The only place that writes after the seal."""
         try:
             while self._waiting:
-                batch = self._waiting[: self._limits.commit_messages_max]
-                del self._waiting[: len(batch)]
-                await self._commit_batch(batch)
+                await self._commit_batch(self._take_batch())
         finally:
             self._busy = False
             self._idle.set()
+
+    def _take_batch(self) -> list[_Entry]:
+        """What goes with the next commit: in order, up to the limit, each new message once.
+
+        A second entry for the same message waits, and finds then that it exists.
+        """
+        batch: list[_Entry] = []
+        new: set[MessageId] = set()
+        for entry in self._waiting[: self._limits.commit_messages_max]:
+            if entry.new_message is not None:
+                if entry.new_message.message_id in new:
+                    break
+                new.add(entry.new_message.message_id)
+            batch.append(entry)
+        del self._waiting[: len(batch)]
+        return batch
 
     async def _commit_batch(self, batch: list[_Entry]) -> None:
         """Commit `batch` whole; when one entry makes that impossible, that entry alone fails."""
@@ -354,14 +374,15 @@ class Ledger:
     async def _commit(self, batch: list[_Entry]) -> None:
         local_first = (
             self._durability is Durability.LOCAL
+            and self.sealed
             # A commit that the disk cannot build on has to reach the shared store itself.
             and self._saved == self.version
             and not any(entry.shared or entry.new_message for entry in batch)
         )
-        needs_parts = self._push or any(e.complete or e.keys or e.clear for e in batch)
-        if needs_parts and not self.complete:
+        needs_parts = any(e.complete or e.keys or e.clear for e in batch)
+        if needs_parts and not self.complete and not self._push:
             await self._complete()
-        if self.stamp is None and not local_first:
+        if not local_first and (self.stamp is None or (self._push and self._replaced is None)):
             await self._readopt()
         settled = self.sealed and not self._behind.dirty and not self._push
         if settled and all(entry.empty for entry in batch):
@@ -371,39 +392,41 @@ class Ledger:
         noted, self._noted = self._noted, {}
         try:
             commit = self._build(batch, noted)
-            if local_first:
-                await self._commit_locally(commit)
-            else:
-                await self._commit_shared(commit)
+            if not (local_first and await self._commit_locally(commit)):
+                commit = await self._commit_shared(commit, lambda: self._build(batch, noted))
         except BaseException:
             self._noted = {**noted, **self._noted}
             raise
         for entry in batch:
             entry.finish()
-        if not local_first and self.version != self._saved:
+        if self.version != self._saved:
             await self._save_locally(commit)
 
     def _build(self, batch: list[_Entry], noted: Mapping[str, Any]) -> AccountCommit:
         """One commit of everything in `batch`. Raises `AuthUnreadable`, `AuthTooLarge`."""
-        account = self.account
+        account = replace(self.account, **noted)
         values: dict[KeyName, bytes | None] = {}
         for entry in batch:
             account = replace(account, **entry.fields)
+            if entry.clear:
+                values.clear()
             if entry.keys is not None:
                 values.update(entry.keys.values)
-        rotated = any(entry.rotate for entry in batch)
-        changed = bool(values or noted or rotated) or any(e.fields or e.clear for e in batch)
+        cleared = any(entry.clear for entry in batch)
+        rotated = any(entry.rotate for entry in batch) and not cleared
+        changed = bool(values or noted or rotated or cleared) or any(e.fields for e in batch)
         version = Version(self._term.grant.epoch, self.version.revision + changed)
         if changed:
             account = replace(account, updated_at=self._ports.clocks.wall())
         parts: dict[PartName, bytes | None] = {}
         codec = self._ports.codec
-        if any(entry.clear for entry in batch):
-            parts = dict.fromkeys(self.parts)
+        present = self.parts
+        if cleared:
+            parts, present = dict.fromkeys(self.parts), {}
         if rotated:
-            parts.update(codec.rotate(self.account_id, self.parts, version))
+            anew = codec.rotate(self.account_id, self.parts, version)
+            parts, present = {**anew}, {**self.parts, **anew}
         if values:
-            present = {**self.parts, **{n: p for n, p in parts.items() if p is not None}}
             parts.update(codec.change(self.account_id, present, KeyChange(values), version))
         return AccountCommit(
             grant=self._term.grant,
@@ -416,9 +439,12 @@ class Ledger:
             messages=tuple(message for entry in batch for message in entry.messages),
         )
 
-    async def _commit_shared(self, commit: AccountCommit) -> None:
+    async def _commit_shared(
+        self, commit: AccountCommit, rebuild: Callable[[], AccountCommit]
+    ) -> AccountCommit:
         """Write `commit` to the shared store, as often as it takes while the term lasts.
 
+        Answers the commit that was written: on an account that had changed it is built again.
         Raises `MessageExists`, `AccountVanished`, `StoreAway`; ends the term when fenced out.
         """
         for _ in range(READOPTIONS_MAX):
@@ -436,11 +462,12 @@ class Ledger:
                         f"account {self.account_id} changed in the store; ask again",
                         retry_after_s=1,
                     ) from stale
+                commit = rebuild()
                 continue
             self._adopt(full, stamp)
             self._behind = _Behind()
             self._push = False
-            return
+            return commit
         raise StoreAway(f"account {self.account_id} keeps changing in the store", retry_after_s=1)
 
     def _with_what_is_behind(self, commit: AccountCommit) -> AccountCommit:
@@ -448,7 +475,7 @@ class Ledger:
         assert self.stamp is not None
         parts: dict[PartName, bytes | None] = {**self._behind.parts, **commit.parts}
         if self._push:
-            parts = {**self.parts, **commit.parts}
+            parts = {**dict.fromkeys(self._replaced or ()), **self.parts, **commit.parts}
         messages = {**self._behind.messages, **{m.message_id: m for m in commit.messages}}
         revision = max(commit.version.revision, self.version.revision)
         return replace(
@@ -488,20 +515,24 @@ class Ledger:
 
         Raises as `_readopt`.
         """
-        if self._saved is not None:
+        if not await self._complete_locally():
+            await self._readopt()
+
+    async def _complete_locally(self) -> bool:
+        """Take the parts from this disk; false when it does not have those of this copy."""
+        if not self.complete and self._saved is not None:
             copy = await self._fetch_locally()
             if copy is not None and copy.version in (self._saved, self.version):
                 self.parts = dict(copy.parts)
                 self.complete = True
-                return
-        await self._readopt()
+        return self.complete
 
     async def _create(self) -> None:
         """Write the account to a shared store that does not have it: only this disk did.
 
-        Raises `AccountVanished` where it is there after all, and `StoreAway`.
+        Raises `AccountVanished` when the disk cannot be read, and `StoreAway`.
         """
-        if not self.complete:
+        if not await self._complete_locally():
             raise AccountVanished(f"account {self.account_id}: this disk's copy cannot be read")
         version = Version(self._term.grant.epoch, self.version.revision)
 
@@ -563,7 +594,7 @@ class Ledger:
             try_s=self._limits.store_try_s,
             rng=self._ports.rng,
         )
-        if head is None and self._push:
+        if head is None and (self._push or self.stamp is None):
             await self._create()
             return
         if head is None or head.removed:
@@ -576,25 +607,31 @@ class Ledger:
             )
             self._term.check()
         self.stamp = head.stamp
-        if self._push and self.version > head.version:
-            if not self.complete:
-                raise AccountVanished(
-                    f"account {self.account_id}: this disk's copy {self.version} is newer than the "
-                    f"shared store's {head.version}, and cannot be read"
-                )
+        if self.version > head.version:
+            await self._replace(head)
             return
         if head.fault is not None:
+            if self._push and self.version == head.version:
+                await self._replace(head)
+                return
             raise AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
         if head.version != self.version:
             self._ports.journal.note("account.refused_seal", account_id=self.account_id)
-        if head.version >= self.version:
-            self.account, self.version, self.parts = head.account, head.version, dict(head.parts)
-            self.complete, self._push = True, False
-        elif not self.complete:
+        self.account = replace(head.account, **self._noted)
+        self.version, self.parts = head.version, dict(head.parts)
+        self.complete, self._push = True, False
+
+    async def _replace(self, head: AccountCopy) -> None:
+        """Have the next commit write ours whole: the shared store has an older copy, or a broken.
+
+        Raises `AccountVanished` when this disk has not all of it.
+        """
+        if not await self._complete_locally():
             raise AccountVanished(
-                f"account {self.account_id}: the shared store went back from {self.version} to "
-                f"{head.version}"
+                f"account {self.account_id}: this disk's copy {self.version} is newer than the "
+                f"shared store's {head.version}, and cannot be read"
             )
+        self._push, self._replaced = True, tuple(head.parts)
 
     def _adopt(self, commit: AccountCommit, stamp: Stamp | None) -> None:
         self.account = replace(commit.account, **self._noted)
@@ -609,11 +646,20 @@ class Ledger:
 
     # --- this host's disk
 
-    async def _commit_locally(self, commit: AccountCommit) -> None:
-        """`Durability.LOCAL`: the disk has it, so it counts; the shared store follows."""
+    async def _commit_locally(self, commit: AccountCommit) -> bool:
+        """`Durability.LOCAL`: the disk has it, so it counts; the shared store follows.
+
+        False: the disk does not take it, and the shared store must.
+        """
         # Until the disk has answered, nobody knows what it has.
         self._saved = None
-        await self._ports.local.apply(commit)
+        try:
+            with trio.fail_after(self._limits.store_try_s):
+                await self._ports.local.apply(commit)
+        except (StaleWrite, StoreUnavailable, trio.TooSlowError) as error:
+            self._tell_disk_failed(error)
+            return False
+        self._disk_failed = False
         self._saved = commit.version
         self._adopt(commit, None)
         self._behind.parts.update(commit.parts)
@@ -622,6 +668,7 @@ class Ledger:
         if not self._replicating:
             self._replicating = True
             self._term.spawn(self._replicate)
+        return True
 
     async def _replicate(self) -> None:
         await trio.sleep(self._limits.replicate_within_s)
@@ -643,17 +690,19 @@ class Ledger:
         try:
             with trio.fail_after(self._limits.store_try_s):
                 saved = await self._save(commit if follows else None)
-        except (StaleWrite, StoreUnavailable, StoreMisconfigured, trio.TooSlowError) as error:
-            if not self._disk_failed:
-                self._ports.journal.note(
-                    "disk.failed",
-                    what=f"account {self.account_id}",
-                    error=describe_error(error),
-                )
-            self._disk_failed = True
+        except (StaleWrite, StoreUnavailable, trio.TooSlowError) as error:
+            self._tell_disk_failed(error)
         else:
             self._disk_failed = False
             self._saved = saved
+
+    def _tell_disk_failed(self, error: Exception) -> None:
+        """Told once, until the disk works again."""
+        if not self._disk_failed:
+            self._disk_failed = True
+            self._ports.journal.note(
+                "disk.failed", what=f"account {self.account_id}", error=describe_error(error)
+            )
 
     async def _save(self, commit: AccountCommit | None) -> Version:
         """Apply `commit` to the disk copy, or replace that; the version the disk then has."""
