@@ -82,6 +82,7 @@ class Host:
     connector: LabConnector
     legacy: FakeLegacy
     clocks: FakeClocks
+    ports: Ports
     ended: trio.Event = field(default_factory=trio.Event)
     failure: BaseException | None = None
 
@@ -151,7 +152,7 @@ class Lab:
         instance = Instance(
             identity, ports=ports, timing=timing, limits=limits, durability=durability
         )
-        host = Host(name, instance, store, local, journal, connector, legacy, clocks)
+        host = Host(name, instance, store, local, journal, connector, legacy, clocks, ports)
         self.hosts.append(host)
         return host
 

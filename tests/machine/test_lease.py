@@ -485,7 +485,7 @@ async def test_an_unreachable_store_ends_the_term_at_its_deadline_and_never_late
         deadline = a.term.held.deadline
         a.store.partitioned = True
         await trio.sleep_until(deadline - 0.01)
-        assert a.instance.term is not None
+        assert not a.term.over
         assert lab.whatsapp.connections == 1
         await trio.sleep_until(deadline)
         await trio.testing.wait_all_tasks_blocked()
@@ -541,15 +541,13 @@ async def test_a_renewal_during_a_candidates_slow_read_is_not_counted_from_befor
 
 async def test_missing_documents_are_never_free(autojump_clock: MockClock) -> None:
     async with open_lab() as lab:
-        kept = lab.state.fence
         lab.state.lease = lab.state.fence = None
         a = lab.start(lab.make("a"))
         await trio.sleep(600)
         assert a.instance.state is State.PASSIVE
-        assert lab.state.lease is None
+        assert lab.state.writes == 2
         assert len(a.journal.of("lease.missing")) > 100
         assert a.journal.of("lease.acquired") == []
-        assert kept is not None
         lab.state.initialise(0)
         await wait_active(a)
 
