@@ -1,21 +1,25 @@
 """This host's copies of the accounts as rows. Runs in a worker's transaction.
 
-A copy is one packed blob, with the changes since then as rows beside it: a commit writes only
-what it changed, and a listing reads one blob an account. Changes are folded into the blob when
-they grow. The versions are plain columns, so that an older copy never overwrites a newer one.
+What entering ACTIVE reads of every account is one small row: its plain fields, versions and main
+part. The other parts are one packed blob in a table of its own, with the changes since then as
+rows beside it, and are read for one account at a time: a commit writes only what it changed.
+Changes are folded into the blob when they grow. The versions are plain columns, so that an older
+copy never overwrites a newer one.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 
 from daemon.sqlite.account_rows import unreadable
 from machine.ports import StaleWrite
 from machine.records import (
+    MAIN_PART,
     Account,
     AccountCommit,
     AccountCopy,
@@ -27,27 +31,35 @@ from machine.records import (
 
 TABLES = """
 CREATE TABLE copies (
-    account_id TEXT PRIMARY KEY,
+    row INTEGER PRIMARY KEY,
+    account_id TEXT NOT NULL UNIQUE,
     epoch INTEGER NOT NULL,
     revision INTEGER NOT NULL,
-    copy BLOB NOT NULL
+    head BLOB NOT NULL,
+    main BLOB
+) STRICT;
+CREATE TABLE rests (
+    row INTEGER PRIMARY KEY,
+    rest BLOB NOT NULL
 ) STRICT;
 CREATE TABLE changes (
     row INTEGER PRIMARY KEY,
-    account_id TEXT NOT NULL,
-    epoch INTEGER NOT NULL,
-    revision INTEGER NOT NULL,
+    copy INTEGER NOT NULL,
     number INTEGER NOT NULL,
     bytes_so_far INTEGER NOT NULL,
     change BLOB NOT NULL
 ) STRICT;
-CREATE INDEX changes_by_account ON changes (account_id, row);
+CREATE INDEX changes_by_copy ON changes (copy, row);
 CREATE TABLE archive (
     row INTEGER PRIMARY KEY,
     account_id TEXT NOT NULL,
     at REAL NOT NULL,
     reason TEXT NOT NULL,
-    copy BLOB NOT NULL,
+    epoch INTEGER NOT NULL,
+    revision INTEGER NOT NULL,
+    head BLOB NOT NULL,
+    main BLOB,
+    rest BLOB,
     changes BLOB NOT NULL
 ) STRICT;
 CREATE INDEX archive_by_account ON archive (account_id, row)
@@ -59,172 +71,251 @@ CHANGES_BYTES_MAX = 256 * 1024
 ARCHIVED_PER_ACCOUNT_MAX = 20
 
 
-class _Packed(msgspec.Struct, array_like=True, frozen=True):
-    """What a blob holds: a whole copy, or a change, in which `None` deletes a part."""
+class _Head(msgspec.Struct, array_like=True, frozen=True):
+    """What is listed of a copy beside its version and main part.
+
+    `others` names every other part, so that one that is lost, or left over, is noticed.
+    """
 
     account: Account
-    epoch: int
-    revision: int
     commit_id: str
     removed: bool
+    others: tuple[PartName, ...]
+
+
+class _Parts(msgspec.Struct, array_like=True, frozen=True):
+    """All parts but the main one, or a change of some, in which `None` deletes one."""
+
+    account_id: AccountId
     parts: dict[PartName, bytes | None]
 
 
+_COLUMNS = "row, account_id, epoch, revision, head, main"
+_Row = tuple[int, str, int, int, bytes, bytes | None]
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Packed)
+_head_decoder = msgspec.msgpack.Decoder(_Head)
+_parts_decoder = msgspec.msgpack.Decoder(_Parts)
 
 
-def read_all(connection: sqlite3.Connection) -> Listing:
-    """Every copy with its changes applied, the unreadable ones with their fault."""
-    changes: dict[str, list[bytes]] = {}
-    for account_id, change in connection.execute(
-        "SELECT account_id, change FROM changes ORDER BY row"
-    ):
-        changes.setdefault(account_id, []).append(change)
-    rows = connection.execute("SELECT account_id, copy FROM copies")
-    return Listing(tuple(_copy(name, blob, changes.get(name, ())) for name, blob in rows))
+def read_heads(connection: sqlite3.Connection) -> Listing:
+    """Every copy with its main part alone, the unreadable ones with their fault."""
+    rows = connection.execute(f"SELECT {_COLUMNS} FROM copies")  # noqa: S608  # our own names
+    return Listing(tuple(map(_listed, rows)))
+
+
+def read_one(connection: sqlite3.Connection, account_id: AccountId) -> AccountCopy | None:
+    """One copy with all its parts, its changes applied; with its fault if it is unreadable.
+
+    Raises `sqlite3.OperationalError` where the disk fails: that says nothing about the bytes.
+    """
+    row = _find(connection, account_id)
+    if row is None:
+        return None
+    copy = _listed(row)
+    if copy.fault is not None:
+        return copy
+    try:
+        others = _others(connection, account_id, row[0])
+    except sqlite3.OperationalError:
+        raise
+    except (sqlite3.DatabaseError, ValueError) as error:
+        return _faulty(copy, f"its parts on this disk cannot be read: {error}")
+    if others.keys() != set(_head_decoder.decode(row[4]).others):
+        return _faulty(copy, "its parts on this disk are not the ones that it is made of")
+    return replace(copy, parts={**copy.parts, **others}, complete=True)
 
 
 def save(connection: sqlite3.Connection, copy: AccountCopy) -> None:
     """Replace the account's copy. Raises `StaleWrite` where a newer one can be read."""
     account_id = copy.account.account_id
-    found = _newest(connection, account_id)
-    if found is not None:
-        stored = _read_one(connection, account_id)
+    stored = read_one(connection, account_id)
+    if stored is not None:
         if stored.fault is not None:
             _archive(connection, account_id, f"unreadable: {stored.fault}")
-        elif found > copy.version:
-            raise StaleWrite(f"{found} of {account_id} is here, {copy.version} is older")
-    _replace(connection, copy)
+        elif stored.version > copy.version:
+            raise StaleWrite(f"{stored.version} of {account_id} is here, {copy.version} is older")
+    head = _Head(copy.account, copy.commit_id, copy.removed, _names(copy.parts))
+    _put_head(connection, head, copy.version, copy.parts.get(MAIN_PART))
+    _put_rest(connection, copy)
 
 
 def apply(connection: sqlite3.Connection, commit: AccountCommit) -> None:
-    """Put the commit's changes beside the copy. Raises `StaleWrite` without one, or a newer one."""
+    """Write the commit's head, and its other parts beside the copy.
+
+    Raises `StaleWrite` without a copy that can be read, or where a newer one is.
+    """
     account_id, version = commit.account.account_id, commit.version
-    found = _newest(connection, account_id)
-    if found is None:
+    row = _find(connection, account_id)
+    if row is None:
         raise StaleWrite(f"there is no copy of {account_id} here")
-    if found > version:
-        raise StaleWrite(f"{found} of {account_id} is here, {version} is older")
-    blob = _encoder.encode(
-        _Packed(
-            commit.account,
-            version.epoch,
-            version.revision,
-            commit.commit_id,
-            False,
-            dict(commit.parts),
-        )
-    )
-    number, bytes_so_far = connection.execute(
-        "SELECT number, bytes_so_far FROM changes WHERE account_id = ? ORDER BY row DESC LIMIT 1",
-        (account_id,),
-    ).fetchone() or (0, 0)
-    number, bytes_so_far = number + 1, bytes_so_far + len(blob)
-    connection.execute(
-        "INSERT INTO changes (account_id, epoch, revision, number, bytes_so_far, change)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (account_id, version.epoch, version.revision, number, bytes_so_far, blob),
-    )
-    if number > CHANGES_MAX or bytes_so_far > CHANGES_BYTES_MAX:
-        folded = _read_one(connection, account_id)
-        if folded.fault is not None:
-            raise StaleWrite(f"the copy of {account_id} cannot be read: {folded.fault}")
-        _replace(connection, folded)
+    stored = _listed(row)
+    if stored.version > version:
+        raise StaleWrite(f"{stored.version} of {account_id} is here, {version} is older")
+    if stored.fault is not None:
+        raise StaleWrite(f"the copy of {account_id} cannot be read: {stored.fault}")
+    changed = {name: data for name, data in commit.parts.items() if name != MAIN_PART}
+    names = {**dict.fromkeys(_head_decoder.decode(row[4]).others, b""), **changed}
+    head = _Head(commit.account, commit.commit_id, False, _names(names))
+    _put_head(connection, head, version, commit.parts.get(MAIN_PART, row[5]))
+    if changed:
+        _add_change(connection, account_id, row[0], changed)
 
 
 def remove(connection: sqlite3.Connection, account_id: AccountId, *, purge: bool) -> None:
     """Archive the copy, readable or not, or destroy it and what was archived before."""
     if purge:
         connection.execute("DELETE FROM archive WHERE account_id = ?", (account_id,))
-    elif _newest(connection, account_id) is not None:
+    row = _find(connection, account_id)
+    if row is None:
+        return
+    if not purge:
         _archive(connection, account_id, "removed")
-    connection.execute("DELETE FROM changes WHERE account_id = ?", (account_id,))
-    connection.execute("DELETE FROM copies WHERE account_id = ?", (account_id,))
+    connection.execute("DELETE FROM changes WHERE copy = ?", row[:1])
+    connection.execute("DELETE FROM rests WHERE row = ?", row[:1])
+    connection.execute("DELETE FROM copies WHERE row = ?", row[:1])
 
 
-def _newest(connection: sqlite3.Connection, account_id: AccountId) -> Version | None:
-    """The version that is here, by the columns alone."""
-    row = (
-        connection.execute(
-            "SELECT epoch, revision FROM changes WHERE account_id = ? ORDER BY row DESC LIMIT 1",
-            (account_id,),
-        ).fetchone()
-        or connection.execute(
-            "SELECT epoch, revision FROM copies WHERE account_id = ?", (account_id,)
-        ).fetchone()
-    )
-    return None if row is None else Version(*row)
-
-
-def _read_one(connection: sqlite3.Connection, account_id: AccountId) -> AccountCopy:
-    (blob,) = connection.execute(
-        "SELECT copy FROM copies WHERE account_id = ?", (account_id,)
+def _find(connection: sqlite3.Connection, account_id: AccountId) -> _Row | None:
+    found: _Row | None = connection.execute(
+        f"SELECT {_COLUMNS} FROM copies WHERE account_id = ?",  # noqa: S608  # our own names
+        (account_id,),
     ).fetchone()
-    return _copy(account_id, blob, _changes(connection, account_id))
+    return found
 
 
-def _changes(connection: sqlite3.Connection, account_id: AccountId) -> list[bytes]:
-    rows = connection.execute(
-        "SELECT change FROM changes WHERE account_id = ? ORDER BY row", (account_id,)
+def _listed(row: _Row) -> AccountCopy:
+    """The copy as it is listed; with a fault where its head is unreadable.
+
+    The version is known all the same: an unreadable copy must not lose to an older one.
+    """
+    _, name, epoch, revision, packed, main = row
+    account_id, version = AccountId(name), Version(epoch, revision)
+    try:
+        head = _head_decoder.decode(packed)
+    except ValueError as error:
+        fault = f"its row on this disk cannot be read: {error}"
+        return replace(unreadable(account_id, fault), version=version)
+    if head.account.account_id != account_id:
+        fault = "its row on this disk is another account's"
+        return replace(unreadable(account_id, fault), version=version)
+    return AccountCopy(
+        head.account,
+        version,
+        {} if main is None else {MAIN_PART: main},
+        complete=not head.others,
+        commit_id=head.commit_id,
+        removed=head.removed,
     )
+
+
+def _faulty(copy: AccountCopy, fault: str) -> AccountCopy:
+    return replace(copy, parts={}, complete=False, fault=fault)
+
+
+def _others(
+    connection: sqlite3.Connection, account_id: AccountId, row: int
+) -> dict[PartName, bytes]:
+    """Every part but the main one. Raises `ValueError`, `sqlite3.DatabaseError`."""
+    packed = [_rest(connection, row), *_changes(connection, row)]
+    parts: dict[PartName, bytes | None] = {}
+    for one in map(_parts_decoder.decode, packed):
+        if one.account_id != account_id:
+            raise ValueError("they are another account's")
+        parts |= one.parts
+    # What is `None` at the end was deleted; what was deleted and came back is not.
+    return {name: data for name, data in parts.items() if data is not None}
+
+
+def _rest(connection: sqlite3.Connection, row: int) -> bytes:
+    """The packed blob. Raises `ValueError` where there is none, `sqlite3.DatabaseError`."""
+    if connection.execute("SELECT 1 FROM rests WHERE row = ?", (row,)).fetchone() is None:
+        raise ValueError("they are not there")
+    # Straight from the pages into our bytes: a SELECT would gather it in SQLite's memory first.
+    with connection.blobopen("rests", "rest", row, readonly=True) as blob:
+        return blob.read()
+
+
+def _changes(connection: sqlite3.Connection, row: int) -> list[bytes]:
+    rows = connection.execute("SELECT change FROM changes WHERE copy = ? ORDER BY row", (row,))
     return [change for (change,) in rows]
 
 
-def _replace(connection: sqlite3.Connection, copy: AccountCopy) -> None:
-    account_id, version = copy.account.account_id, copy.version
-    blob = _encoder.encode(
-        _Packed(
-            copy.account,
+def _names(parts: Mapping[PartName, bytes | None]) -> tuple[PartName, ...]:
+    return tuple(name for name, data in parts.items() if data is not None and name != MAIN_PART)
+
+
+def _put_head(
+    connection: sqlite3.Connection, head: _Head, version: Version, main: bytes | None
+) -> None:
+    connection.execute(
+        "INSERT INTO copies (account_id, epoch, revision, head, main) VALUES (?, ?, ?, ?, ?)"
+        " ON CONFLICT (account_id) DO UPDATE SET epoch = excluded.epoch,"
+        " revision = excluded.revision, head = excluded.head, main = excluded.main",
+        (
+            head.account.account_id,
             version.epoch,
             version.revision,
-            copy.commit_id,
-            copy.removed,
-            dict(copy.parts),
-        )
+            _encoder.encode(head),
+            main,
+        ),
     )
-    connection.execute("DELETE FROM changes WHERE account_id = ?", (account_id,))
+
+
+def _put_rest(connection: sqlite3.Connection, copy: AccountCopy) -> None:
+    """Replace every part but the main one, and the changes with them. The head is there."""
+    account_id = copy.account.account_id
+    (row,) = connection.execute(
+        "SELECT row FROM copies WHERE account_id = ?", (account_id,)
+    ).fetchone()
+    others = {name: data for name, data in copy.parts.items() if name != MAIN_PART}
+    rest = _encoder.encode(_Parts(account_id, dict(others)))
+    connection.execute("DELETE FROM changes WHERE copy = ?", (row,))
+    connection.execute("REPLACE INTO rests VALUES (?, ?)", (row, rest))
+
+
+def _add_change(
+    connection: sqlite3.Connection,
+    account_id: AccountId,
+    row: int,
+    parts: dict[PartName, bytes | None],
+) -> None:
+    """Put the change beside the copy, and fold when there are enough of them.
+
+    Raises `StaleWrite` where there is nothing that it could be folded into.
+    """
+    change = _encoder.encode(_Parts(account_id, parts))
+    number, bytes_so_far = connection.execute(
+        "SELECT number, bytes_so_far FROM changes WHERE copy = ? ORDER BY row DESC LIMIT 1", (row,)
+    ).fetchone() or (0, 0)
+    number, bytes_so_far = number + 1, bytes_so_far + len(change)
     connection.execute(
-        "REPLACE INTO copies VALUES (?, ?, ?, ?)",
-        (account_id, version.epoch, version.revision, blob),
+        "INSERT INTO changes (copy, number, bytes_so_far, change) VALUES (?, ?, ?, ?)",
+        (row, number, bytes_so_far, change),
     )
+    if number > CHANGES_MAX or bytes_so_far > CHANGES_BYTES_MAX:
+        folded = read_one(connection, account_id)
+        assert folded is not None
+        if folded.fault is not None:
+            raise StaleWrite(f"the copy of {account_id} cannot be read: {folded.fault}")
+        _put_rest(connection, folded)
 
 
 def _archive(connection: sqlite3.Connection, account_id: AccountId, reason: str) -> None:
     """Keep the bytes as they are, of the newest few copies."""
-    changes = _encoder.encode(_changes(connection, account_id))
+    (row,) = connection.execute(
+        "SELECT row FROM copies WHERE account_id = ?", (account_id,)
+    ).fetchone()
+    changes = _encoder.encode(_changes(connection, row))
     connection.execute(
-        "INSERT INTO archive (account_id, at, reason, copy, changes)"
-        " SELECT account_id, ?, ?, copy, ? FROM copies WHERE account_id = ?",
-        (time.time(), reason, changes, account_id),
+        "INSERT INTO archive"
+        " (account_id, at, reason, epoch, revision, head, main, rest, changes)"
+        " SELECT account_id, ?, ?, epoch, revision, head, main,"
+        " (SELECT rest FROM rests WHERE rests.row = copies.row), ? FROM copies WHERE row = ?",
+        (time.time(), reason, changes, row),
     )
     connection.execute(
         "DELETE FROM archive WHERE account_id = ? AND row NOT IN"
         " (SELECT row FROM archive WHERE account_id = ? ORDER BY row DESC LIMIT ?)",
         (account_id, account_id, ARCHIVED_PER_ACCOUNT_MAX),
-    )
-
-
-def _copy(name: str, blob: bytes, changes: Sequence[bytes]) -> AccountCopy:
-    """The copy with its changes applied in order; with a fault where one of them is unreadable."""
-    account_id = AccountId(name)
-    try:
-        packed = [_decoder.decode(one) for one in (blob, *changes)]
-    except ValueError as error:
-        return unreadable(account_id, f"its row on this disk cannot be read: {error}")
-    if any(one.account.account_id != account_id for one in packed):
-        return unreadable(account_id, "its row on this disk is another account's")
-    newest, parts = packed[-1], packed[0].parts
-    for one in packed[1:]:
-        parts |= one.parts
-    # What is `None` at the end was deleted; what was deleted and came back is not.
-    for part in [part for part, data in parts.items() if data is None]:
-        del parts[part]
-    return AccountCopy(
-        newest.account,
-        Version(newest.epoch, newest.revision),
-        parts,  # type: ignore[arg-type]  # every None has just been taken out
-        complete=True,
-        commit_id=newest.commit_id,
-        removed=newest.removed,
     )

@@ -52,9 +52,8 @@ CREATE TABLE reports (row INTEGER PRIMARY KEY, report TEXT NOT NULL) STRICT
 """
 SCHEMA = Schema(
     application_id=0x57544B4C,
-    version=1,
+    version=2,
     tables=";".join((copy_rows.TABLES, _TABLES)),
-    # Rows of 100 KB and more: a listing of 1,000 takes two thirds of what it takes with 4 KB.
     page_bytes=16384,
 )
 
@@ -69,7 +68,7 @@ async def open_local(directory: Path) -> AsyncIterator[SqliteLocalStore]:
 
     A damaged file is set aside as `local.db.quarantined-<n>` and an empty one opened: the listing
     of this run then says so. Raises `StateDirInUse`; `StoreMisconfigured` where the directory is
-    not ours to write, or the file is of a newer version; `StoreUnavailable`.
+    not ours to write, or the file is of another version; `StoreUnavailable`.
     """
     in_use, fault = await trio.to_thread.run_sync(_prepare, directory, abandon_on_cancel=True)
     store = SqliteLocalStore(directory, fault)
@@ -129,11 +128,21 @@ def _take(directory: Path) -> IO[str]:
 
 
 def _inspect(path: Path) -> str | None:
-    """Set the file aside if it is damaged; what was wrong with it."""
+    """Set the file aside if it is damaged; what was wrong with it.
+
+    Raises `StoreMisconfigured` for a file of another version, which it leaves as it is.
+    """
     try:
         check_file(path, SCHEMA)
         connection = open_connection(path)
         try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version < SCHEMA.version:
+                raise StoreMisconfigured(
+                    f"{path} was written by an older watchkeeper (format {version}, this one "
+                    f"reads {SCHEMA.version}). Run that version, or move the file away: the "
+                    "accounts are then copied from the shared store again."
+                )
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         finally:
             connection.close()
@@ -187,10 +196,13 @@ class SqliteLocalStore:
         return all([await self._reads.aclose(), await self._writes.aclose()])
 
     async def list_accounts(self) -> Listing:
-        listing = await self._reads.read(copy_rows.read_all)
+        listing = await self._reads.read(copy_rows.read_heads)
         if self._fault is None:
             return listing
         return replace(listing, complete=False, fault=self._fault)
+
+    async def fetch_account(self, account_id: AccountId) -> AccountCopy | None:
+        return await self._reads.read(lambda db: copy_rows.read_one(db, account_id))
 
     async def save_account(self, copy: AccountCopy) -> None:
         await self._writes.write(lambda db: copy_rows.save(db, copy))

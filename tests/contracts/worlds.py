@@ -113,18 +113,28 @@ class LocalWorld:
 
     open: Callable[[], AbstractAsyncContextManager[LocalStore]]
     damage_account: Callable[[AccountId], None]
+    """Makes it unreadable altogether."""
+    damage_rest: Callable[[AccountId], None]
+    """Makes every part but the main one unreadable."""
 
 
 def local_world(adapter: str, directory: Path) -> LocalWorld:
     """A world with an empty disk, behind `adapter`."""
     if adapter == "fake":
         store = FakeLocalStore()
-        return LocalWorld(lambda: nullcontext(store), store.damage_account)
+        return LocalWorld(lambda: nullcontext(store), store.damage_account, store.damage_rest)
 
-    def damage_account(account_id: AccountId) -> None:
+    def execute(statement: str, account_id: AccountId) -> None:
         connection = sqlite3.connect(directory / "local.db")
         with connection:
-            connection.execute("UPDATE copies SET copy = x'c1' WHERE account_id = ?", (account_id,))
+            connection.execute(statement, (account_id,))
         connection.close()
 
-    return LocalWorld(lambda: open_local(directory), damage_account)
+    def damage_account(account_id: AccountId) -> None:
+        execute("UPDATE copies SET head = x'c1' WHERE account_id = ?", account_id)
+
+    def damage_rest(account_id: AccountId) -> None:
+        row = "(SELECT row FROM copies WHERE account_id = ?)"
+        execute(f"UPDATE rests SET rest = x'c1' WHERE row = {row}", account_id)
+
+    return LocalWorld(lambda: open_local(directory), damage_account, damage_rest)

@@ -10,6 +10,7 @@ import trio
 
 from machine.ports import StaleWrite, StoreUnavailable
 from machine.records import (
+    MAIN_PART,
     AccountCommit,
     AccountCopy,
     AccountId,
@@ -29,6 +30,9 @@ class FakeLocalStore:
 
     def __init__(self) -> None:
         self.copies: dict[AccountId, AccountCopy] = {}
+        """Complete ones, and those that `damage_account` made unreadable."""
+        self.damaged_rests: dict[AccountId, str] = {}
+        """Of copies whose parts beside the main one are unreadable, what is said of them."""
         self.archive: list[AccountCopy] = []
         self.epoch = 0
         self.transitions: list[Transition] = []
@@ -48,6 +52,10 @@ class FakeLocalStore:
         copy = self.copies[account_id]
         self.copies[account_id] = replace(copy, parts={}, complete=False, fault=fault)
 
+    def damage_rest(self, account_id: AccountId, fault: str = "injected: unreadable") -> None:
+        """Make every part but the main one unreadable: it shows when the account is fetched."""
+        self.damaged_rests[account_id] = fault
+
     async def _enter(self, operation: str) -> None:
         self.calls[operation] = self.calls.get(operation, 0) + 1
         await trio.sleep(self.delays.get(operation, 0.0))
@@ -59,17 +67,28 @@ class FakeLocalStore:
 
     async def list_accounts(self) -> Listing:
         await self._enter("list_accounts")
-        copies = tuple(self.copies.values())
+        copies = tuple(map(_head, self.copies.values()))
         return Listing(copies, complete=self.listing_fault is None, fault=self.listing_fault)
+
+    async def fetch_account(self, account_id: AccountId) -> AccountCopy | None:
+        await self._enter("fetch_account")
+        return self._whole(account_id)
+
+    def _whole(self, account_id: AccountId) -> AccountCopy | None:
+        copy = self.copies.get(account_id)
+        if copy is None or account_id not in self.damaged_rests:
+            return copy
+        return replace(copy, parts={}, complete=False, fault=self.damaged_rests[account_id])
 
     async def save_account(self, copy: AccountCopy) -> None:
         await self._enter("save_account")
         account_id = copy.account.account_id
-        stored = self.copies.get(account_id)
+        stored = self._whole(account_id)
         if stored is not None and stored.fault is None and stored.version > copy.version:
             raise StaleWrite(f"{stored.version} is here, {copy.version} is older")
         if stored is not None and stored.fault is not None:
-            self.archive.append(stored)
+            self.archive.append(self.copies[account_id])
+        self.damaged_rests.pop(account_id, None)
         self.copies[account_id] = replace(copy, parts=dict(copy.parts), stamp=None)
 
     async def apply(self, commit: AccountCommit) -> None:
@@ -89,6 +108,7 @@ class FakeLocalStore:
     async def remove_account(self, account_id: AccountId, *, purge: bool) -> None:
         await self._enter("remove_account")
         copy = self.copies.pop(account_id, None)
+        self.damaged_rests.pop(account_id, None)
         if purge:
             self.archive = [one for one in self.archive if one.account.account_id != account_id]
         elif copy is not None:
@@ -113,3 +133,9 @@ class FakeLocalStore:
     async def append_report(self, report: Mapping[str, object]) -> None:
         await self._enter("append_report")
         self.reports.append(dict(report))
+
+
+def _head(copy: AccountCopy) -> AccountCopy:
+    """The copy as it is listed."""
+    parts = {name: data for name, data in copy.parts.items() if name == MAIN_PART}
+    return replace(copy, parts=parts, complete=copy.fault is None and parts == copy.parts)

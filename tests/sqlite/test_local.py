@@ -11,18 +11,18 @@ import pytest
 import trio
 
 from daemon.sqlite.copy_rows import ARCHIVED_PER_ACCOUNT_MAX, CHANGES_MAX
-from daemon.sqlite.local import REPORTS_MAX, TRANSITIONS_MAX, StateDirInUse, open_local
+from daemon.sqlite.local import REPORTS_MAX, SCHEMA, TRANSITIONS_MAX, StateDirInUse, open_local
 from machine.ports import StaleWrite, StoreMisconfigured, StoreUnavailable
 from machine.records import (
     MAIN_PART,
     AccountId,
     Grant,
-    Listing,
+    PartName,
     Stamp,
     Transition,
     Version,
 )
-from tests.contracts.samples import ANNA, BELA, a_commit, a_copy, an_account
+from tests.contracts.samples import ANNA, BELA, MAIN, SESSIONS, a_commit, a_copy, an_account
 
 GRANT = Grant(1, "a", "a-1", Stamp("1"))
 
@@ -84,7 +84,9 @@ async def test_a_damaged_file_is_set_aside_with_its_bytes_and_said_so(
         assert await store.highest_epoch() == 5
         assert not (await store.list_accounts()).complete
     async with open_local(tmp_path) as store:
-        assert await store.list_accounts() == Listing((a_copy(),))
+        listing = await store.list_accounts()
+        assert (listing.complete, listing.fault) == (True, None)
+        assert await store.fetch_account(ANNA) == a_copy()
 
 
 async def test_each_damaged_file_gets_a_name_of_its_own(tmp_path: Path) -> None:
@@ -116,7 +118,21 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(tmp_path: 
         async with open_local(tmp_path):
             raise AssertionError
     assert (tmp_path / "local.db").read_bytes() == before
-    execute(tmp_path, "PRAGMA user_version = 1")
+    execute(tmp_path, f"PRAGMA user_version = {SCHEMA.version}")
+    async with open_local(tmp_path) as store:
+        assert len((await store.list_accounts()).copies) == 2
+
+
+async def test_a_file_of_an_older_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    await stocked(tmp_path)
+    execute(tmp_path, f"PRAGMA user_version = {SCHEMA.version - 1}")
+    before = (tmp_path / "local.db").read_bytes()
+    with pytest.raises(StoreMisconfigured, match=r"older.*move the file away"):
+        async with open_local(tmp_path):
+            raise AssertionError
+    assert (tmp_path / "local.db").read_bytes() == before
+    # Refused is not held: the directory is free again.
+    execute(tmp_path, f"PRAGMA user_version = {SCHEMA.version}")
     async with open_local(tmp_path) as store:
         assert len((await store.list_accounts()).copies) == 2
 
@@ -182,53 +198,138 @@ async def test_changes_are_folded_into_the_copy_before_they_grow(tmp_path: Path)
     async with open_local(tmp_path) as store:
         await store.save_account(a_copy())
         for revision in range(2, 2 + 3 * CHANGES_MAX):
-            await store.apply(a_commit(GRANT, Stamp("1"), revision=revision))
+            await store.apply(
+                a_commit(GRANT, Stamp("1"), revision=revision, parts={SESSIONS: b"n"})
+            )
         ((rows,),) = execute(tmp_path, "SELECT count(*) FROM changes")
         assert isinstance(rows, int)
-        assert rows <= CHANGES_MAX
+        assert 0 < rows <= CHANGES_MAX
         for revision in range(1000, 1005):
-            big = a_commit(GRANT, Stamp("1"), revision=revision, parts={MAIN_PART: bytes(200_000)})
+            big = a_commit(GRANT, Stamp("1"), revision=revision, parts={SESSIONS: bytes(200_000)})
             await store.apply(big)
         ((held,),) = execute(tmp_path, "SELECT coalesce(sum(length(change)), 0) FROM changes")
         assert isinstance(held, int)
         assert held < 500_000
 
 
+async def test_a_commit_without_other_parts_leaves_no_change(tmp_path: Path) -> None:
+    async with open_local(tmp_path) as store:
+        await store.save_account(a_copy())
+        await store.apply(a_commit(GRANT, Stamp("1"), parts={MAIN_PART: b"2"}))
+        await store.apply(a_commit(GRANT, Stamp("1"), revision=3))
+        assert execute(tmp_path, "SELECT * FROM changes") == []
+        copy = await store.fetch_account(ANNA)
+        assert copy is not None
+        assert copy.parts == {**a_copy().parts, MAIN_PART: b"2"}
+
+
 async def test_an_unreadable_copys_bytes_are_kept_when_it_is_replaced(tmp_path: Path) -> None:
     async with open_local(tmp_path) as store:
         await store.save_account(a_copy())
-        execute(tmp_path, "UPDATE copies SET copy = x'c1c2'")
+        await store.apply(a_commit(GRANT, Stamp("1"), parts={SESSIONS: b"changed"}))
+        execute(tmp_path, "UPDATE copies SET head = x'c1c2'")
+        (rest,) = execute(tmp_path, "SELECT rest FROM rests")
         await store.save_account(a_copy())
-    assert execute(tmp_path, "SELECT copy FROM archive") == [(b"\xc1\xc2",)]
+    ((head, main, archived, changes),) = execute(
+        tmp_path, "SELECT head, main, rest, changes FROM archive"
+    )
+    assert (head, main, (archived,)) == (b"\xc1\xc2", MAIN, rest)
+    assert isinstance(changes, bytes)
+    assert b"changed" in changes
 
 
-async def test_a_commit_on_an_unreadable_copy_is_stale_at_the_latest_when_folded(
+async def test_a_commit_on_unreadable_parts_is_stale_at_the_latest_when_folded(
     tmp_path: Path,
 ) -> None:
     async with open_local(tmp_path) as store:
         await store.save_account(a_copy())
-        execute(tmp_path, "UPDATE copies SET copy = x'c1'")
+        execute(tmp_path, "UPDATE rests SET rest = x'c1'")
         for revision in range(2, CHANGES_MAX + 2):
-            await store.apply(a_commit(GRANT, Stamp("1"), revision=revision))
+            await store.apply(
+                a_commit(GRANT, Stamp("1"), revision=revision, parts={SESSIONS: b"n"})
+            )
         with pytest.raises(StaleWrite):
-            await store.apply(a_commit(GRANT, Stamp("1"), revision=CHANGES_MAX + 2))
-        (copy,) = (await store.list_accounts()).copies
+            await store.apply(
+                a_commit(GRANT, Stamp("1"), revision=CHANGES_MAX + 2, parts={SESSIONS: b"n"})
+            )
+        copy = await store.fetch_account(ANNA)
+        assert copy is not None
         assert copy.fault
 
 
-@pytest.mark.parametrize("table", ["copies", "changes"])
-async def test_another_accounts_bytes_are_a_fault(tmp_path: Path, table: str) -> None:
+SWAPS = {
+    "heads": (
+        "UPDATE copies SET account_id = 'x' || account_id",
+        "UPDATE copies SET account_id = iif(account_id = 'xanna', 'bela', 'anna')",
+    ),
+    "rests": ("UPDATE rests SET row = -row", "UPDATE rests SET row = 3 + row"),
+    "changes": ("UPDATE changes SET copy = 3 - copy",),
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+async def test_another_accounts_bytes_are_a_fault(tmp_path: Path, swap: str) -> None:
     async with open_local(tmp_path) as store:
         for account_id in (ANNA, BELA):
             await store.save_account(a_copy(account_id))
-            await store.apply(a_commit(GRANT, Stamp("1"), account=an_account(account_id)))
-        execute(tmp_path, f"UPDATE {table} SET account_id = 'x' || account_id")
-        execute(
-            tmp_path,
-            f"UPDATE {table} SET account_id = iif(account_id = 'xanna', 'bela', 'anna')",
-        )
-        copies = (await store.list_accounts()).copies
-        assert [bool(copy.fault) for copy in copies] == [True, True]
+            commit = a_commit(
+                GRANT, Stamp("1"), account=an_account(account_id), parts={SESSIONS: b"n"}
+            )
+            await store.apply(commit)
+        for statement in SWAPS[swap]:
+            execute(tmp_path, statement)
+        for account_id in (ANNA, BELA):
+            copy = await store.fetch_account(account_id)
+            assert copy is not None
+            assert copy.fault
+            assert "another account's" in copy.fault
+
+
+@pytest.mark.parametrize("loss", ["DELETE FROM rests", "DELETE FROM changes"])
+async def test_a_lost_part_is_a_fault(tmp_path: Path, loss: str) -> None:
+    new = PartName("new")
+    async with open_local(tmp_path) as store:
+        await store.save_account(a_copy())
+        await store.apply(a_commit(GRANT, Stamp("1"), parts={new: b"n"}))
+        execute(tmp_path, loss)
+        copy = await store.fetch_account(ANNA)
+        assert copy is not None
+        assert copy.fault
+        assert not copy.parts
+
+
+def damage_middle(path: Path, content: bytes) -> None:
+    """Overwrite a page in the middle of a blob that repeats `content`, a single byte."""
+    data = path.read_bytes()
+    size = SCHEMA.page_bytes
+    found = [
+        at for at in range(0, len(data), size) if data[at + 4 : at + size] == content * (size - 4)
+    ]
+    with path.open("r+b") as file:
+        file.seek(found[1])
+        file.write(b"\xff" * size)
+
+
+async def test_a_damaged_page_of_one_accounts_parts_hides_no_other(tmp_path: Path) -> None:
+    def parts(content: bytes) -> dict[PartName, bytes]:
+        return {MAIN_PART: MAIN, SESSIONS: content * (5 * SCHEMA.page_bytes)}
+
+    async with open_local(tmp_path) as store:
+        await store.save_account(a_copy(ANNA, parts=parts(b"a")))
+        await store.save_account(a_copy(BELA, parts=parts(b"b")))
+    async with open_local(tmp_path) as store:
+        damage_middle(tmp_path / "local.db", b"b")
+        listing = await store.list_accounts()
+        assert [copy.fault for copy in listing.copies] == [None, None]
+        assert await store.fetch_account(ANNA) == a_copy(ANNA, parts=parts(b"a"))
+        bela = await store.fetch_account(BELA)
+        assert bela is not None
+        assert bela.fault
+        assert (bela.account, bela.version) == (an_account(BELA), Version(1, 1))
+        # Neither is it held against anything else, nor does it stop what is written.
+        await store.apply(a_commit(GRANT, Stamp("1"), parts={SESSIONS: b"n"}))
+        await store.save_account(a_copy(AccountId("carl")))
+        assert len((await store.list_accounts()).copies) == 3
 
 
 async def test_removed_copies_are_archived_and_purged_ones_are_not(tmp_path: Path) -> None:
