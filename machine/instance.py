@@ -105,6 +105,7 @@ class Instance:
         self._told_holder: tuple[str, int] | None = None
         self._fence: Fence | None = None
         self._nursery: trio.Nursery | None = None
+        self._unsaved: list[Transition] = []
         self._engine = Engine(self, fired=self._record)
 
     # --- what others read
@@ -214,6 +215,8 @@ class Instance:
                     await self._stand_by_and_serve()
                 else:
                     await self._engine.fire(Trigger.DRAIN, reason=self._drain_reason)
+                    for transition in self._unsaved:
+                        await self._keep_transition(transition)
             finally:
                 self.alive = False
                 self._poke()
@@ -241,6 +244,9 @@ class Instance:
             self._nursery = nursery
             nursery.start_soon(self._keep_fence_watched)
             nursery.start_soon(self._keep_warm)
+            for transition in self._unsaved:
+                nursery.start_soon(self._keep_transition, transition)
+            self._unsaved.clear()
             while self._drain_reason is None:
                 held = await self._acquire()
                 if held is not None:
@@ -451,6 +457,8 @@ class Instance:
             return _Ended(term.lost_reason, release=False)
         if failure is not None:
             return _Ended(failure, release=True, stand_back=True)
+        if term is None:
+            return _Ended("the lease was lost before its term had begun", release=False)
         if self._drain_reason is not None:
             return _Ended(self._drain_reason, release=True)
         assert asked is not None
@@ -586,6 +594,8 @@ class Instance:
         )
         if self._nursery is not None:
             self._nursery.start_soon(self._keep_transition, transition)
+        else:
+            self._unsaved.append(transition)
         self._poke()
 
     async def _keep_transition(self, transition: Transition) -> None:

@@ -716,9 +716,11 @@ async def open_term(
     """Open a term: renewals first, then the bridge, then room for sessions.
 
     The block ends early, without an error, when the term is lost: see `Term.lost_reason`. After
-    it nothing of the term runs. Raises `ConnectorDown` when no bridge could be made.
+    it nothing of the term runs. Raises `ConnectorDown` when no bridge could be made, `NotActive`
+    when the term was lost before there was one.
     """
     term = Term(held, ports=ports, limits=limits, timing=timing, durability=durability)
+    begun = False
     try:
         with term.scope:
             async with trio.open_nursery() as renewing:
@@ -734,6 +736,7 @@ async def open_term(
                 )
                 async with ports.connector.open_bridge() as bridge, trio.open_nursery() as nursery:
                     term.begin(nursery, bridge)
+                    begun = True
                     yield term
                     nursery.cancel_scope.cancel()
                 renewing.cancel_scope.cancel()
@@ -742,6 +745,8 @@ async def open_term(
         if term.scope.cancelled_caught and term.lost_reason is None:
             term.lost_reason = "its deadline has passed"
             ports.journal.note("lease.lost", epoch=term.epoch, reason=term.lost_reason)
+    if not begun:
+        raise NotActive("the lease was lost before its term had begun", retry_after_s=1)
 
 
 __all__ = ["ConnectorDown", "EndAsked", "Term", "open_term"]
