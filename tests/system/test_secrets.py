@@ -1,0 +1,190 @@
+"""What must stay secret does, through failures and at log level debug.
+
+Looked for in every line of the logs, every error the API answers, the metrics, the process list and
+what is in plain on disk: tokens, encryption keys, credentials, and the text of messages.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
+from daemon.settings import decode_key
+from tests.baileys.directories import make_directories
+from tests.seed import open_stores
+from tests.system.cluster import KEY, TOKEN, Cluster, Node
+from tests.system.steps import ALONE, LONG_ON_FIRESTORE, restored, state_dir
+
+pytestmark = [pytest.mark.system, pytest.mark.node, LONG_ON_FIRESTORE]
+
+OTHER_KEY = base64.b64encode(bytes(range(100, 132))).decode()
+WRONG_TOKEN = "a-wrong-token-of-somebody"
+TEXT = "confidential: the launch is on friday"
+SHORT_CHARS = 16
+"""Values shorter than this would be found by chance; no secret is that short."""
+
+
+def _forms(secret: bytes) -> set[str]:
+    """The ways in which bytes get into a log: as text, base64, hex, a repr."""
+    forms = {base64.b64encode(secret).decode(), secret.hex(), repr(secret)[2:-1]}
+    with suppress(UnicodeDecodeError):
+        forms.add(secret.decode())
+    return {form for form in forms if len(form) >= SHORT_CHARS}
+
+
+def _strings_in(value: Any) -> set[str]:
+    """Every long string in credentials; names are no secrets, values may be."""
+    if isinstance(value, dict):
+        return set().union(*(_strings_in(each) for each in value.values()))
+    if isinstance(value, list):
+        return set().union(*(_strings_in(each) for each in value))
+    return {value} if isinstance(value, str) and len(value) >= SHORT_CHARS else set()
+
+
+async def _credentials(cluster: Cluster) -> set[str]:
+    """What is secret in the accounts that the shared store has now."""
+    codec = PackedAuthCodec(Keyring(EncryptionKey(decode_key(KEY))))
+    found: set[str] = set()
+    async with open_stores(cluster.env) as stores:
+        for copy in (await stores.accounts.list_accounts()).copies:
+            account_id = copy.account.account_id
+            whole = await stores.accounts.fetch_account(account_id)
+            assert whole is not None
+            for value in codec.unpack(account_id, whole.parts).values():
+                found |= _forms(value) | _strings_in(json.loads(value))
+    # Phone numbers and ids are in plain sight by design.
+    return {each for each in found if "@s.whatsapp.net" not in each or "{" in each}
+
+
+async def _errors(node: Node) -> list[str]:
+    """What the API answers to everything that callers do wrong, with secrets in the wrong place."""
+    right = {"Authorization": f"Bearer {TOKEN}"}
+    send = "/api/whatsapp/send-message"
+    answers: list[str] = []
+    async with httpx.AsyncClient(base_url=node.url, timeout=30) as client:
+
+        async def ask(method: str, path: str, **given: Any) -> None:
+            answer = await client.request(method, path, **given)
+            assert answer.status_code >= 400, (method, path, answer.status_code)
+            answers.append(f"{answer.headers} {answer.text}")
+
+        await ask("GET", "/api/whatsapp/accounts")
+        await ask("GET", "/metrics")
+        await ask("GET", "/api/status/dashboard", headers={"Authorization": TOKEN})
+        await ask("GET", "/api/whatsapp/accounts", headers={"Authorization": f"Basic {TOKEN}"})
+        await ask(
+            "GET", "/api/whatsapp/accounts", headers={"Authorization": f"Bearer {WRONG_TOKEN}"}
+        )
+        await ask("GET", f"/api/whatsapp/accounts?token={TOKEN}")
+        await ask("POST", send, content=f'{{"message": "{TEXT}"', headers=right)
+        await ask("POST", send, json={"message": TEXT, "token": TOKEN}, headers=right)
+        await ask("POST", send, json={"accountId": 7, "to": TEXT, "message": TEXT}, headers=right)
+        unknown = {"accountId": "nobody", "to": "4915112345678", "message": TEXT}
+        await ask("POST", send, json=unknown, headers=right)
+        await ask("POST", "/api/whatsapp/accounts", content=TOKEN, headers=right)
+        await ask("GET", "/api/nothing/here", headers=right)
+    return answers
+
+
+async def _command_lines(stop: trio.Event, seen: set[str]) -> None:
+    """Every command line of every process, again and again: what `ps` would show."""
+    while not stop.is_set():
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                # A process may end between the listing and the look.
+                with suppress(OSError):
+                    seen.add((entry / "cmdline").read_text(errors="replace"))
+        await trio.sleep(0.05)
+
+
+async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    sessions = make_directories(tmp_path / "made" / "sessions", 2)
+    broken = sessions / "account-1" / "creds.json"
+    creds = broken.read_text()
+    secrets = _strings_in(json.loads(creds))
+    broken.write_text(creds[: len(creds) // 2])
+    public: list[str] = []
+    command_lines: set[str] = set()
+    stop = trio.Event()
+    legacy = {"WATCHKEEPER_LEGACY_SESSIONS_DIR": str(sessions)}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_command_lines, stop, command_lines)
+        node = await cluster.start("a", state="ACTIVE", **legacy, **ALONE)
+        await cluster.add_paired(node, "ann", "ben")
+        sent = await cluster.send(node, "ann", TEXT)
+        assert sent.status_code == 200
+        public += await _errors(node)
+        public.append((await cluster.ask(node, "GET", "/metrics")).text)
+        assert await node.stop() == 0
+        secrets |= await _credentials(cluster)
+
+        # A damaged disk under the wrong key: everything that can be unreadable is.
+        (state_dir(node) / "local.db").write_bytes(b"\xff" * 50_000)
+        node.env["WATCHKEEPER_ENCRYPTION_KEY"] = OTHER_KEY
+        await cluster.restart(node, state="ACTIVE")
+        await restored(cluster, node)
+        public += await _errors(node)
+        for account_id in ("ann", "ben"):
+            path = f"/api/whatsapp/accounts/{account_id}/reconnect"
+            public.append((await cluster.ask(node, "POST", path)).text)
+            public.append((await cluster.send(node, account_id, TEXT)).text)
+        public.append((await cluster.ask(node, "GET", "/api/status/dashboard")).text)
+        public.append((await cluster.ask(node, "GET", "/metrics")).text)
+        assert await node.stop() == 0
+
+        # Refused settings: their complaint must not repeat what it complains about.
+        node.env["WATCHKEEPER_ENCRYPTION_KEY"] = KEY[:-8]
+        node.spawn()
+        assert await node.wait_ended() == 2
+        node.env["WATCHKEEPER_ENCRYPTION_KEY"] = KEY
+        await cluster.restart_with(node, WATCHKEEPER_ENCRYPTION_KEYS_OLD=OTHER_KEY)
+        assert (await restored(cluster, node))["restored"] >= 2
+        await node.kill()
+        stop.set()
+
+    secrets |= {TOKEN, WRONG_TOKEN, KEY, KEY[:-8], OTHER_KEY}
+    for key in (KEY, OTHER_KEY):
+        secrets |= _forms(base64.b64decode(key))
+    # The search would find them: they are in the file that the import read, and many more are known.
+    assert any(secret in creds for secret in secrets)
+    assert len(secrets) > 100
+    places = {
+        "the log": node.log(),
+        "an answer": "\n".join(public),
+        "a process list": "\n".join(command_lines),
+    }
+    assert "WATCHKEEPER_ENCRYPTION_KEY" in places["the log"]
+    assert any("daemon" in line and "run" in line for line in command_lines)
+    for place, content in places.items():
+        # Which secret it was stays unsaid here, too: a test's report is a log.
+        leaked = sum(1 for secret in secrets if secret in content)
+        assert leaked == 0, f"{leaked} secrets in {place}"
+    assert TEXT not in places["the log"]
+    assert TEXT not in places["an answer"]
+
+
+async def test_what_is_on_disk_is_encrypted_and_private(cluster: Cluster) -> None:
+    node = await cluster.start("a", state="ACTIVE", **ALONE)
+    await cluster.add_paired(node, "ann")
+    assert (await cluster.send(node, "ann", "x")).status_code == 200
+    assert await node.stop() == 0
+    secrets = await _credentials(cluster) | {TOKEN, KEY}
+    directories = [state_dir(node), cluster.directory / "shared"]
+    for path in [p for each in directories if each.exists() for p in each.rglob("*")]:
+        if path.is_file() and "loopback" not in str(path):
+            content = path.read_bytes()
+            leaked = sum(1 for secret in secrets if secret.encode() in content)
+            assert leaked == 0, f"{leaked} secrets in {path.name}"
+    for directory in directories:
+        if directory.exists():
+            assert directory.stat().st_mode & 0o077 == 0, directory.name
