@@ -155,7 +155,7 @@ async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
     secrets |= {TOKEN, WRONG_TOKEN, KEY, KEY[:-8], OTHER_KEY}
     for key in (KEY, OTHER_KEY):
         secrets |= _forms(base64.b64decode(key))
-    # The search would find them: they are in the file that the import read, and many more are known.
+    # The search would find them: some are in the file that the import was given.
     assert any(secret in creds for secret in secrets)
     assert len(secrets) > 100
     places = {
