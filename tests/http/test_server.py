@@ -73,18 +73,17 @@ async def read_all(stream: trio.SocketStream) -> bytes:
 
 async def read_answer(stream: trio.SocketStream) -> bytes:
     """One answer with a Content-Length, as far as it comes."""
-    found = b""
-    while b"\r\n\r\n" not in found:
-        found += await stream.receive_some(65536)
-    head, _, body = found.partition(b"\r\n\r\n")
-    length = next(
-        int(line.split(b":")[1])
-        for line in head.split(b"\r\n")
-        if line.lower().startswith(b"content-length")
-    )
-    while len(body) < length:
-        body += await stream.receive_some(65536)
-    return head + b"\r\n\r\n" + body
+    head, found = b"", b""
+    length: int | None = None
+    while length is None or len(found) < length:
+        part = await stream.receive_some(65536)
+        assert part, f"the connection ended after {head + found!r}"
+        found += part
+        if length is None and b"\r\n\r\n" in found:
+            head, _, found = found.partition(b"\r\n\r\n")
+            lines = head.lower().split(b"\r\n")
+            length = next(int(x.split(b":")[1]) for x in lines if x.startswith(b"content-length"))
+    return head + b"\r\n\r\n" + found
 
 
 # --- binding
@@ -363,17 +362,19 @@ async def test_stuck_request_is_cut_off_after_its_time() -> None:
     assert notes.said == [("http.closed", {"in_flight": 1})]
 
 
-async def test_caller_in_the_backlog_is_served_at_shutdown() -> None:
+async def test_callers_in_the_backlog_are_served_at_shutdown() -> None:
     async with serving(answering(b"served")) as (url, _, shutdown):
         await trio.testing.wait_all_tasks_blocked()
-        # Both in one instant: the server learns of the shutdown before it can accept.
+        # All in one instant: the server learns of the shutdown before it can accept them all.
         shutdown.set()
         host, _, port = url.removeprefix("http://").rpartition(":")
-        caller = socket.create_connection((host, int(port)))
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(caller))
-        await stream.send_all(GET)
-        assert (await read_answer(stream)).endswith(b"served")
-        await stream.aclose()
+        callers = [socket.create_connection((host, int(port))) for _ in range(20)]
+        streams = [trio.SocketStream(trio.socket.from_stdlib_socket(one)) for one in callers]
+        for stream in streams:
+            await stream.send_all(GET)
+        for stream in streams:
+            assert (await read_answer(stream)).endswith(b"served")
+            await stream.aclose()
 
 
 async def test_bug_in_the_application_ends_its_own_request_only() -> None:
