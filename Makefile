@@ -3,6 +3,8 @@
 PORT ?= 8080
 STANDBY_PORT ?= 8081
 ARGS ?=
+SEEDS ?= 100
+MINUTES ?= 10
 BIN := .venv/bin
 RUN := .venv/run.stamp
 DEV := .venv/dev.stamp
@@ -27,6 +29,9 @@ test-long: $(DEV) ## run the longer suites that `make test` leaves out
 
 system-test: $(DEV) ## run the tests that start real processes, the long ones too
 	@$(BIN)/pytest -m system $(ARGS)
+
+simulate: $(DEV) ## run simulated worlds: SEEDS=100 MINUTES=10; docs/simulation.md
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --minutes $(MINUTES) $(ARGS)
 
 check: $(DEV) ## format, lint, types, layers, generated docs: everything but the tests
 	$(BIN)/ruff format --check .
@@ -60,4 +65,4 @@ $(RUN): requirements.lock pyproject.toml deploy/dev/setup.sh
 $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.sh
 	@deploy/dev/setup.sh requirements-dev.lock && touch $(RUN) $(DEV)
 
-.PHONY: help setup run run-standby test test-long system-test check format bench docs lock ci clean
+.PHONY: help setup run run-standby test test-long system-test simulate check format bench docs lock ci clean

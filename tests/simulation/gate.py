@@ -64,7 +64,8 @@ class Gate:
         while True:
             while self.closed:
                 self._parked.append(trio.lowlevel.current_task())
-                yield from trio.lowlevel.wait_task_rescheduled(_keep_waiting).__await__()
+                waiting = trio.lowlevel.wait_task_rescheduled
+                yield from waiting(_keep_waiting).__await__()
             try:
                 asked = coro.send(answer)
             except StopIteration as stop:

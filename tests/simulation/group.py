@@ -14,6 +14,7 @@ import trio
 
 from machine.instance import Instance
 from machine.lease import LeaseTiming
+from machine.legacy import new_account
 from machine.limits import Limits
 from machine.outbox import make_message_id
 from machine.ports import Ports
@@ -28,7 +29,6 @@ from machine.records import (
     Version,
 )
 from machine.refusals import AccountNotFound, AccountNotPaired, Refusal
-from machine.legacy import new_account
 from machine.states import State
 from tests.fakes.clocks import FakeClocks
 from tests.fakes.codec import FakeCodec

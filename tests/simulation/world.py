@@ -127,7 +127,6 @@ SLOW_REPLY_S = (0.4, 2.4)
 LATE_MAX_S = 25.0
 
 
-
 class SimulatedStore(FakeSharedStore):
     """One process's client: asks `Checks` at each write, and travels by its host's link."""
 
