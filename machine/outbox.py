@@ -128,7 +128,13 @@ class AccountOutbox:
         self._arrived.set()
 
     def put(self, message: Message) -> None:
-        """Note what the store now has of a message, and wake whoever waits for it."""
+        """Note what is known of a message now, and wake whoever waits for it.
+
+        A message only moves forward: a receipt that overtook the server's ack stays.
+        """
+        known = self.find(message.message_id)
+        if known is not None and is_progress(message.state, known.state):
+            return
         if message.state in PENDING_STATES:
             self._pending[message.message_id] = message
             self._arrived.set()

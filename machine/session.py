@@ -8,10 +8,11 @@ Never lives here: how bytes are stored (`machine.ledger`), who acts (`machine.le
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -48,6 +49,9 @@ from machine.retry import Backoff
 from machine.views import AccountView, PairingCode, QrCode
 
 NO_RESPONSE = 408
+
+RESTART_S = 30.0
+"""A 401 this soon after a 515 is verified before it is believed (WHATSAPP.md §2)."""
 
 FIRST_PASS_TRIES = 3
 """After this many tries without a connection the restore reports the account as failed."""
@@ -128,6 +132,15 @@ PAIRING_OVER = Reaction(
 """408 while pairing."""
 
 
+PASSING_STATUSES = frozenset(
+    {AccountStatus.RESTORING, AccountStatus.CONNECTING, AccountStatus.BACKING_OFF}
+)
+"""Shown in memory only. Stored, they would be what a standby lists of an account that has been
+connected for days."""
+
+_Shown = tuple[AccountStatus, str | None, float]
+
+
 class Outcome(Enum):
     """How the first pass ended for an account."""
 
@@ -193,6 +206,9 @@ class Session:
         self._qr_shown = trio.Event()
         self._doubled_at: float | None = None
         self._verified = False
+        self._restarted_at = -math.inf
+        # Shown instead of what is stored: what passes, and what later terms do not inherit.
+        self._shown: _Shown | None = None
         self._known: OrderedDict[str, None] = OrderedDict()
 
     # --- what it shows
@@ -205,7 +221,12 @@ class Session:
     @property
     def account(self) -> Account:
         """The account's plain fields as they are now."""
-        return self._account if self.ledger is None else self.ledger.account
+        if self.ledger is None:
+            return self._account
+        if self._shown is None:
+            return self.ledger.account
+        status, error, since = self._shown
+        return replace(self.ledger.account, status=status, last_error=error, since=since)
 
     @property
     def status(self) -> AccountStatus:
@@ -217,10 +238,21 @@ class Session:
         return AccountView(self.account, in_memory=True, queued=self.outbox.depth)
 
     def show(self, status: AccountStatus, error: str | None = None) -> None:
-        """Change the status in memory; the store gets it with the next commit."""
+        """Change the status in memory; the store gets it with the next commit if it lasts."""
         if self.ledger is None or (self.status, self.account.last_error) == (status, error):
             return
-        self.ledger.note(status=status, last_error=error, since=self._ports.clocks.wall())
+        since = self._ports.clocks.wall()
+        if status in PASSING_STATUSES:
+            self._shown = (status, error, since)
+            return
+        self._shown = None
+        stored = self.ledger.account
+        if (stored.status, stored.last_error) != (status, error):
+            self.ledger.note(status=status, last_error=error, since=since)
+
+    def show_here(self, status: AccountStatus, error: str) -> None:
+        """Show a stop that later terms do not inherit: it is not stored."""
+        self._shown = (status, error, self._ports.clocks.wall())
 
     # --- its task
 
@@ -242,6 +274,7 @@ class Session:
         if self._running is not None:
             self._running.cancel()
         await self._ended.wait()
+        self._shown = None
 
     async def wait_sent(self) -> None:
         """Wait until no message is between the wire and its record."""
@@ -308,9 +341,10 @@ class Session:
                 async with bridge.open_connection(
                     self.account_id, keys, doubtful=self.outbox.doubtful_recipients()
                 ) as connection:
-                    return self._connected_once, await self._live(connection, opening, slot)
-        except ConnectionClosed as closed:
-            return self._connected_once, closed
+                    closed = await self._live(connection, opening, slot)
+                    return self._connected_once, closed
+        except ConnectionClosed as refused:
+            return self._connected_once, refused
         except ConnectorDown as down:
             self._term.connector_down(str(down))
             return False, ConnectionClosed(503, str(down))
@@ -374,13 +408,15 @@ class Session:
     def _connected(self, phone: str, failed: Callable[[Exception], None]) -> None:
         assert self.ledger is not None
         now = self._ports.clocks.wall()
-        first_time = self.account.phone != phone or self.account.last_connected_at is None
+        stored = self.ledger.account
+        news = stored.phone != phone or stored.status is not AccountStatus.CONNECTED
         self._connected_once = True
         self._verified = False
         self.show(AccountStatus.CONNECTED)
         self.ledger.note(last_connected_at=now)
-        if first_time:
-            # A new pairing is told to the store at once: other instances list the account by it.
+        if news:
+            # Told to the store at once: other instances list the account by it, and the next
+            # term opens it by it.
             self.ledger.post(fields={"phone": phone}, failed=failed)
         self._ports.journal.note("session.connected", account_id=self.account_id, phone=phone)
         self._settle_outcome(Outcome.CONNECTED)
@@ -406,15 +442,17 @@ class Session:
             self.quarantine(closed.detail, "its bytes are kept; see the operating docs")
             return None
         reaction = REACTIONS.get(closed.code, BACK_OFF)
-        if closed.code == NO_RESPONSE and not self.ledger.parts:
+        if closed.code == NO_RESPONSE and not self.ledger.parts and self._qr_shown.is_set():
             reaction = PAIRING_OVER
         wait_s = self._wait_of(reaction, closed, tries, was_connected=was_connected)
         cause = f"{reaction.meaning} ({closed})"
         if wait_s is None:
             self._settle_outcome(Outcome.FAILED, cause, reaction.advice)
-            self.show(reaction.status, cause)
             if reaction.lasting:
+                self.show(reaction.status, cause)
                 self.ledger.post(fields={"status": reaction.status, "last_error": cause})
+            else:
+                self.show_here(reaction.status, cause)
             self._ports.journal.note(
                 "session.stopped",
                 account_id=self.account_id,
@@ -424,7 +462,7 @@ class Session:
             )
             return None
         if reaction.step is not Step.REOPEN:
-            if tries >= FIRST_PASS_TRIES:
+            if tries >= FIRST_PASS_TRIES or reaction.step is Step.WAIT_BAN:
                 self._settle_outcome(Outcome.FAILED, cause, "it is tried again by itself")
             self.show(AccountStatus.BACKING_OFF, cause)
         self._ports.journal.note(
@@ -441,6 +479,7 @@ class Session:
     ) -> float | None:
         match reaction.step:
             case Step.REOPEN:
+                self._restarted_at = trio.current_time()
                 return 0.0 if tries <= 3 else self._backoff.wait_s(tries, self._ports.rng)
             case Step.BACK_OFF:
                 return self._backoff.wait_s(tries, self._ports.rng)
@@ -449,7 +488,8 @@ class Session:
             case Step.WAIT_TTL:
                 return self._wait_after_doubling()
             case Step.VERIFY:
-                if self._verified or was_connected:
+                restarted = trio.current_time() - self._restarted_at <= RESTART_S
+                if self._verified or (was_connected and not restarted):
                     return None
                 self._verified = True
                 return self._limits.reconnect_first_s
@@ -469,7 +509,7 @@ class Session:
 
     def quarantine(self, cause: str, advice: str) -> None:
         """Keep the account listed and its bytes untouched, and do not open it in this term."""
-        self.show(AccountStatus.QUARANTINED, cause)
+        self.show_here(AccountStatus.QUARANTINED, cause)
         self._settle_outcome(Outcome.FAILED, cause, advice)
         self._ports.journal.note(
             "session.quarantined", account_id=self.account_id, cause=cause, advice=advice
@@ -542,9 +582,14 @@ class Session:
             await self._fail(message, f"refused_{refused.code}: {refused.detail}")
             return
         acked = self._moved(message, MessageState.SERVER_ACK)
+        known = self.outbox.find(message.message_id)
+        # A receipt may have overtaken the ack, and is queued already: it must not be undone.
+        overtaken = known is not None and is_progress(acked.state, known.state)
         # `applied` runs even when this task is cancelled meanwhile: the outbox stays true.
         await self.ledger.write(
-            keys=ack.keys, messages=(acked,), applied=lambda: self.outbox.put(acked)
+            keys=ack.keys,
+            messages=() if overtaken else (acked,),
+            applied=lambda: self.outbox.put(acked),
         )
         self._ports.journal.note(
             "message.acked", account_id=self.account_id, message_id=message.message_id
