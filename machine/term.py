@@ -124,6 +124,7 @@ class Term:
         self._nursery: trio.Nursery | None = None
         self._bridge: Bridge | None = None
         self._accepted: OrderedDict[MessageId, AccountId] = OrderedDict()
+        self._creating: set[AccountId] = set()
 
     # --- its bounds
 
@@ -303,7 +304,7 @@ class Term:
         began = trio.current_time()
         self.settling = True
         in_flight = [session for session in self.sessions.values() if session.sending]
-        with trio.move_on_after(self._limits.settle_s) as bound:
+        with trio.move_on_after(self._limits.settle_s):
             async with trio.open_nursery() as nursery:
                 for session in in_flight:
                     nursery.start_soon(session.wait_sent)
@@ -311,12 +312,11 @@ class Term:
         async with trio.open_nursery() as nursery:
             for session in self.sessions.values():
                 nursery.start_soon(session.stop)
-        bound.deadline = math.inf
         with trio.move_on_after(self._limits.settle_s):
             async with trio.open_nursery() as nursery:
                 for session in self.sessions.values():
                     if session.ledger is not None:
-                        nursery.start_soon(session.ledger.flush)
+                        nursery.start_soon(_flush, session.ledger)
         self._ports.journal.note(
             "drain.unsettled" if unsettled else "drain.settled",
             duration_s=round(trio.current_time() - began, 3),
@@ -484,8 +484,16 @@ class Term:
     async def _add_account(self, account_id: AccountId, name: str) -> AccountView:
         await self._known.wait()
         self._refuse_intake()
-        if account_id in self.sessions:
+        if account_id in self.sessions or account_id in self._creating:
             raise AccountAlreadyExists(f"account {account_id} exists; see its status, or repair it")
+        self._creating.add(account_id)
+        try:
+            session = await self._create_account(account_id, name)
+        finally:
+            self._creating.discard(account_id)
+        return await self._begin_pairing(session)
+
+    async def _create_account(self, account_id: AccountId, name: str) -> Session:
         account = new_account(account_id, name, self._ports.clocks.wall())
         version = await self._try(
             lambda: first_version(self._ports.accounts, account_id, self.epoch)
@@ -508,7 +516,7 @@ class Term:
         session = self.make_session(account, self.make_ledger(copy))
         session.outbox_loaded.set()
         self._ports.journal.note("account.created", account_id=account_id)
-        return await self._begin_pairing(session)
+        return session
 
     async def _begin_pairing(self, session: Session) -> AccountView:
         """Start a pairing, and answer when there is something to scan, or soon anyway."""
@@ -687,13 +695,24 @@ class Term:
         while True:
             await trio.sleep(self._limits.purge_every_s)
             before = self._ports.clocks.wall() - self._limits.message_retention_s
-            with suppress(StoreUnavailable, TryTimedOut):
+            try:
                 gone = await self._try(
                     lambda before=before: self._ports.outbox.purge_messages(  # type: ignore[misc]
                         self.grant, before=before, count_max=self._limits.purge_count_max
                     )
                 )
                 self._ports.journal.note("outbox.purged", count=gone)
+            except StaleWrite as stale:
+                self.lose(f"deleting old messages was refused: {stale}")
+            except (StoreUnavailable, TryTimedOut):
+                # The next round finds them too.
+                pass
+
+
+async def _flush(ledger: Ledger) -> None:
+    # What one account's ledger cannot write was told when it was tried; the drain goes on.
+    with suppress(AccountVanished, StoreAway):
+        await ledger.flush()
 
 
 def _sending(message: Message) -> Message:
@@ -734,11 +753,19 @@ async def open_term(
                     ports.journal,
                     term,
                 )
-                async with ports.connector.open_bridge() as bridge, trio.open_nursery() as nursery:
-                    term.begin(nursery, bridge)
-                    begun = True
-                    yield term
-                    nursery.cancel_scope.cancel()
+                with trio.move_on_after(limits.open_try_s) as starting:
+                    async with (
+                        ports.connector.open_bridge() as bridge,
+                        trio.open_nursery() as nursery,
+                    ):
+                        starting.deadline = math.inf
+                        term.begin(nursery, bridge)
+                        begun = True
+                        yield term
+                        nursery.cancel_scope.cancel()
+                if starting.cancelled_caught:
+                    # The lease would be renewed for ever, and nobody would serve.
+                    raise ConnectorDown(f"it did not start within {limits.open_try_s:g} s")
                 renewing.cancel_scope.cancel()
     finally:
         await term.join_visitors()
