@@ -23,7 +23,10 @@ class NobodyListens(Exception):
 
 
 class ConnectionBroke(Exception):
-    """The request went out, and the connection ended before the answer was complete."""
+    """The request went out, and the connection ended before the answer was complete.
+
+    The message says whether the connection was new or kept from an earlier request.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +86,16 @@ class Line:
 
         Cancelled: the connection is dropped, for an answer may be on its way.
         """
+        kept = self._stream
         stream = await self._open()
+        which = "a kept" if stream is kept else "a new"
         complete = False
         try:
             await stream.send_all(request)
             answer, keep = await self._read(stream)
             complete = keep
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionBroke(str(error.__cause__ or error)) from error
+        except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError) as error:
+            raise ConnectionBroke(f"{which} connection: {error.__cause__ or error}") from error
         finally:
             if not complete:
                 self.close()
@@ -124,5 +129,5 @@ class Line:
 async def _more(stream: trio.SocketStream) -> bytes:
     data = await stream.receive_some(READ_BYTES)
     if not data:
-        raise ConnectionBroke("closed before the answer was complete")
+        raise EOFError("closed before the answer was complete")
     return bytes(data)

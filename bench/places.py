@@ -35,6 +35,8 @@ from tests.system.cluster import (
 CONTACTS = 10
 """Contacts whose sessions each seeded account has, 700 bytes each."""
 LOG_WAIT_S = 120.0
+LOG_STEP_S = 0.001
+"""Log lines have milliseconds, cut off: an event can look that much too early."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -105,7 +107,7 @@ class Log:
     def find(self, event: str, since: float = 0.0) -> tuple[float, dict[str, object]] | None:
         """The first such event at or after a moment: when it was, and its fields."""
         for at, name, fields in self.events:
-            if name == event and at >= since:
+            if name == event and at > since - LOG_STEP_S:
                 return at, fields
         return None
 

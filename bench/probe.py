@@ -5,6 +5,7 @@ Lives here: the probes and what they say of a gap. Never lives here: what causes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +26,7 @@ class Probe:
     """One send. Moments are on Trio's clock; `fault` is set when it was not accepted."""
 
     asked_at: float
-    answered_at: float = 0.0
+    answered_at: float = math.inf
     fault: str | None = None
     broke: bool = False
     """The connection ended under the request: what a crash does to its callers."""
@@ -33,7 +34,7 @@ class Probe:
     @property
     def accepted(self) -> bool:
         """Whether an instance took the message over: a 200 or 202."""
-        return self.fault is None and self.answered_at > 0
+        return self.fault is None and self.answered_at < math.inf
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Prober:
         try:
             answer = await line.ask(request)
         except ConnectionBroke as error:
-            probe.fault, probe.broke = f"connection broke: {error}", True
+            probe.fault, probe.broke = f"broke on {error}", True
             return
         probe.answered_at = trio.current_time()
         idle.append(line)
