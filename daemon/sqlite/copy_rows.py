@@ -229,11 +229,15 @@ def _others(
 
 def _rest(connection: sqlite3.Connection, row: int) -> bytes:
     """The packed blob. Raises `ValueError` where there is none, `sqlite3.DatabaseError`."""
-    if connection.execute("SELECT 1 FROM rests WHERE row = ?", (row,)).fetchone() is None:
-        raise ValueError("they are not there")
     # Straight from the pages into our bytes: a SELECT would gather it in SQLite's memory first.
-    with connection.blobopen("rests", "rest", row, readonly=True) as blob:
-        return blob.read()
+    try:
+        with connection.blobopen("rests", "rest", row, readonly=True) as blob:
+            return blob.read()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise
+        # "No such rowid", which is how SQLite says it of a blob.
+        raise ValueError("they are not there") from error
 
 
 def _changes(connection: sqlite3.Connection, row: int) -> list[bytes]:

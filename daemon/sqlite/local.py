@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -43,6 +44,12 @@ FILE_NAME = "local.db"
 EPOCH_FILE_NAME = "epoch"
 IN_USE_FILE_NAME = "in-use"
 
+FETCHED_TOGETHER_MAX = 32
+"""Accounts read in one go: some milliseconds, so that no other reader waits long."""
+
+QUARANTINED_SILENT_MAX = 3
+"""More files set aside than this are told with every listing."""
+
 TRANSITIONS_MAX = 1000
 REPORTS_MAX = 100
 
@@ -70,8 +77,10 @@ async def open_local(directory: Path) -> AsyncIterator[SqliteLocalStore]:
     of this run then says so. Raises `StateDirInUse`; `StoreMisconfigured` where the directory is
     not ours to write, or the file is of another version; `StoreUnavailable`.
     """
-    in_use, fault = await trio.to_thread.run_sync(_prepare, directory, abandon_on_cancel=True)
-    store = SqliteLocalStore(directory, fault)
+    in_use, fault, hoard = await trio.to_thread.run_sync(
+        _prepare, directory, abandon_on_cancel=True
+    )
+    store = SqliteLocalStore(directory, fault, hoard)
     ended = False
     try:
         yield store
@@ -87,8 +96,11 @@ async def open_local(directory: Path) -> AsyncIterator[SqliteLocalStore]:
 _kept_until_the_end: list[IO[str]] = []
 
 
-def _prepare(directory: Path) -> tuple[IO[str], str | None]:
-    """Take the directory and make sure that there is a sound file in it; what was wrong, if so."""
+def _prepare(directory: Path) -> tuple[IO[str], str | None, str | None]:
+    """Take the directory and make sure that there is a sound file in it.
+
+    With it come what was wrong with the file, and what is to be said of those set aside before.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         in_use = _take(directory)
@@ -101,10 +113,11 @@ def _prepare(directory: Path) -> tuple[IO[str], str | None]:
         path = directory / FILE_NAME
         fault = _inspect(path) if path.exists() else None
         create_file(path, SCHEMA)
+        hoard = _hoard(directory)
     except BaseException:
         in_use.close()
         raise
-    return in_use, fault
+    return in_use, fault, hoard
 
 
 def _take(directory: Path) -> IO[str]:
@@ -169,17 +182,32 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
+def _hoard(directory: Path) -> str | None:
+    """What is said of the files set aside when there are many. We never delete any."""
+    kept = list(directory.glob(f"{FILE_NAME}.quarantined-*"))
+    count = sum(not path.name.endswith(("-wal", "-shm")) for path in kept)
+    if count <= QUARANTINED_SILENT_MAX:
+        return None
+    megabytes = sum(path.stat().st_size for path in kept) / 1e6
+    return (
+        f"{count} damaged files are kept in {directory} ({megabytes:.1f} MB): check the disk; "
+        "they can be moved away"
+    )
+
+
 class SqliteLocalStore:
     """`LocalStore`. One thread writes, another reads; the instance alone has the directory."""
 
-    def __init__(self, directory: Path, fault: str | None) -> None:
+    def __init__(self, directory: Path, fault: str | None, hoard: str | None) -> None:
         self._directory = directory
         self._fault = fault
+        self._hoard = hoard
         path = directory / FILE_NAME
         turnstile = Turnstile()
         connect = partial(open_connection, path)
         self._reads = Worker(path, connect, turnstile, name="local-reads")
         self._writes = Worker(path, connect, turnstile, name="local-writes")
+        self._fetches = _Fetches(self._reads)
 
     @property
     def fault(self) -> str | None:
@@ -197,12 +225,12 @@ class SqliteLocalStore:
 
     async def list_accounts(self) -> Listing:
         listing = await self._reads.read(copy_rows.read_heads)
-        if self._fault is None:
-            return listing
-        return replace(listing, complete=False, fault=self._fault)
+        said = "; ".join(filter(None, (self._fault, self._hoard)))
+        # Old files say nothing about what this one holds.
+        return replace(listing, complete=self._fault is None, fault=said or None)
 
     async def fetch_account(self, account_id: AccountId) -> AccountCopy | None:
-        return await self._reads.read(lambda db: copy_rows.read_one(db, account_id))
+        return await self._fetches.fetch(account_id)
 
     async def save_account(self, copy: AccountCopy) -> None:
         await self._writes.write(lambda db: copy_rows.save(db, copy))
@@ -230,6 +258,58 @@ class SqliteLocalStore:
     async def append_report(self, report: Mapping[str, object]) -> None:
         record = msgspec.json.encode(report).decode()
         await self._writes.write(partial(_append_report, record=record))
+
+
+class _Wanted:
+    """An account that a caller waits for."""
+
+    def __init__(self, account_id: AccountId) -> None:
+        self.account_id = account_id
+        self.copy: AccountCopy | None = None
+        self.fetched = False
+
+
+class _Fetches:
+    """Reads accounts one by one, those that are wanted at once in one go.
+
+    While a restore opens accounts by the dozen, waking a thread and being woken by it for each
+    would take longer than the reading.
+    """
+
+    def __init__(self, reads: Worker) -> None:
+        self._reads = reads
+        self._waiting: deque[_Wanted] = deque()
+        self._turn = trio.Lock()
+
+    async def fetch(self, account_id: AccountId) -> AccountCopy | None:
+        """One copy, complete. Raises `StoreUnavailable`.
+
+        Cancelled: whoever else waits reads for itself.
+        """
+        wanted = _Wanted(account_id)
+        self._waiting.append(wanted)
+        try:
+            async with self._turn:
+                # It may have been read by whom it waited for.
+                if not wanted.fetched:
+                    await self._fetch_waiting()
+        finally:
+            if not wanted.fetched:
+                self._waiting.remove(wanted)
+        return wanted.copy
+
+    async def _fetch_waiting(self) -> None:
+        """Read for the first that wait, the caller among them: who has the turn waits longest."""
+        batch = [self._waiting[n] for n in range(min(len(self._waiting), FETCHED_TOGETHER_MAX))]
+        account_ids = [wanted.account_id for wanted in batch]
+        copies = await self._reads.read(
+            lambda db: [copy_rows.read_one(db, account_id) for account_id in account_ids]
+        )
+        for wanted, copy in zip(batch, copies, strict=True):
+            wanted.copy, wanted.fetched = copy, True
+            # Who was cancelled meanwhile is not waiting any more.
+            if self._waiting and self._waiting[0] is wanted:
+                self._waiting.popleft()
 
 
 def _append_transition(db: sqlite3.Connection, record: str) -> None:

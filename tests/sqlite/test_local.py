@@ -15,6 +15,7 @@ from daemon.sqlite.local import REPORTS_MAX, SCHEMA, TRANSITIONS_MAX, StateDirIn
 from machine.ports import StaleWrite, StoreMisconfigured, StoreUnavailable
 from machine.records import (
     MAIN_PART,
+    AccountCopy,
     AccountId,
     Grant,
     PartName,
@@ -99,6 +100,22 @@ async def test_each_damaged_file_gets_a_name_of_its_own(tmp_path: Path) -> None:
         pass
     kept = sorted(entry.name for entry in tmp_path.glob("local.db.quarantined-*"))
     assert kept == [f"local.db.quarantined-{number}" for number in (1, 2, 3)]
+
+
+async def test_many_damaged_files_are_told_with_their_number_and_size(tmp_path: Path) -> None:
+    for number in range(1, 4):
+        (tmp_path / f"local.db.quarantined-{number}").write_bytes(bytes(1_000_000))
+    (tmp_path / "local.db.quarantined-1-wal").write_bytes(bytes(500_000))
+    async with open_local(tmp_path) as store:
+        assert (await store.list_accounts()).fault is None
+    (tmp_path / "local.db.quarantined-4").write_bytes(bytes(1_000_000))
+    async with open_local(tmp_path) as store:
+        listing = await store.list_accounts()
+    assert listing.complete
+    assert listing.fault is not None
+    assert "4 damaged files" in listing.fault
+    assert "4.5 MB" in listing.fault
+    assert len(list(tmp_path.glob("local.db.quarantined-*"))) == 5
 
 
 async def test_a_damaged_file_is_set_aside_together_with_its_wal(tmp_path: Path) -> None:
@@ -330,6 +347,46 @@ async def test_a_damaged_page_of_one_accounts_parts_hides_no_other(tmp_path: Pat
         await store.apply(a_commit(GRANT, Stamp("1"), parts={SESSIONS: b"n"}))
         await store.save_account(a_copy(AccountId("carl")))
         assert len((await store.list_accounts()).copies) == 3
+
+
+async def test_many_accounts_fetched_at_once_all_come_and_those_that_leave_hold_up_none(
+    tmp_path: Path,
+) -> None:
+    names = [AccountId(f"account-{number:03}") for number in range(100)]
+    found: dict[AccountId, AccountCopy | None] = {}
+    left = 0
+
+    async with open_local(tmp_path) as store:
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(store.save_account, a_copy(name))
+
+        async def fetch(name: AccountId) -> None:
+            found[name] = await store.fetch_account(name)
+
+        async def fetch_and_leave(name: AccountId) -> None:
+            nonlocal left
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await store.fetch_account(name)
+            left += scope.cancelled_caught
+
+        async def fetch_and_leave_later(name: AccountId) -> None:
+            nonlocal left
+            with trio.move_on_after(0) as scope:
+                await store.fetch_account(name)
+            left += scope.cancelled_caught
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fetch_and_leave_later, names[0])
+                for name in names:
+                    nursery.start_soon(fetch, name)
+                    nursery.start_soon(fetch_and_leave, name)
+                    nursery.start_soon(fetch_and_leave_later, name)
+                nursery.start_soon(fetch, AccountId("nobody"))
+    assert found == {**{name: a_copy(name) for name in names}, AccountId("nobody"): None}
+    assert left >= len(names)
 
 
 async def test_removed_copies_are_archived_and_purged_ones_are_not(tmp_path: Path) -> None:
