@@ -219,6 +219,11 @@ class SqliteLocalStore:
         """Write transactions so far: fewer than writes that met."""
         return self._writes.transactions
 
+    @property
+    def fetching(self) -> int:
+        """Callers of `fetch_account` that wait now."""
+        return self._fetches.waiting
+
     async def aclose(self) -> bool:
         """End the threads; false when a hung disk kept one of them."""
         return all([await self._reads.aclose(), await self._writes.aclose()])
@@ -280,6 +285,11 @@ class _Fetches:
         self._reads = reads
         self._waiting: deque[_Wanted] = deque()
         self._turn = trio.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Callers whose account was not read yet."""
+        return len(self._waiting)
 
     async def fetch(self, account_id: AccountId) -> AccountCopy | None:
         """One copy, complete. Raises `StoreUnavailable`.

@@ -389,6 +389,14 @@ async def test_many_accounts_fetched_at_once_all_come_and_those_that_leave_hold_
     assert left >= len(names)
 
 
+async def test_a_fetch_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with open_local(tmp_path) as store:
+        with trio.move_on_after(0) as scope:
+            await store.fetch_account(ANNA)
+        assert scope.cancelled_caught
+        assert store.fetching == 0
+
+
 async def test_removed_copies_are_archived_and_purged_ones_are_not(tmp_path: Path) -> None:
     async with open_local(tmp_path) as store:
         for _ in range(ARCHIVED_PER_ACCOUNT_MAX + 3):
