@@ -104,7 +104,7 @@ class LegacyImport:
             return []
         created: list[Session] = []
         for item in found:
-            if item.account_id in self._term.sessions:
+            if item.account_id in known or item.account_id in self._term.sessions:
                 continue
             if isinstance(item, LegacyFault):
                 self._quarantine(item)

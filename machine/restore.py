@@ -37,13 +37,14 @@ from machine.records import (
 )
 from machine.refusals import StoreAway
 from machine.retry import Backoff, TryTimedOut, retry
-from machine.session import Outcome, Session, is_opened
+from machine.session import Outcome, Session, is_opened, last_used_at
 from machine.views import RestoreFailure, RestoreReport
 
 READ_BACKOFF = Backoff(first_s=0.2, factor=2.0, cap_s=5.0, jitter=0.5)
 LATE_BACKOFF = Backoff(first_s=1.0, factor=2.0, cap_s=15.0, jitter=0.5)
 SEAL_BATCH = 200
 SEALS_IN_FLIGHT = 4
+LATE_GATHER_S = 0.2
 
 SHARED = "the shared store"
 DISK = "this disk"
@@ -207,11 +208,21 @@ class Restore:
     # --- reading
 
     async def _read_both(self) -> tuple[Listing | None, Listing | None]:
-        """Both listings, side by side; `None` for one that could not be read."""
+        """Both listings, side by side; `None` for one that could not be read.
+
+        Once one has answered the other has `restore_try_s` left: nobody waits for a dead disk, or
+        for a dead store, until both are given up.
+        """
         found: dict[str, Listing | None] = {}
+        bound = trio.CancelScope(deadline=self._started + self._limits.restore_give_up_s)
+        bounds = {SHARED: bound, DISK: trio.CancelScope(deadline=bound.deadline)}
 
         async def read(name: str, list_accounts: Callable[[], Awaitable[Listing]]) -> None:
-            found[name] = await self._read_one(name, list_accounts)
+            found[name] = await self._read_one(name, list_accounts, bounds[name])
+            if found[name] is not None:
+                soon = trio.current_time() + self._limits.restore_try_s
+                for other in bounds.values():
+                    other.deadline = min(other.deadline, soon)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read, SHARED, self._ports.accounts.list_accounts)
@@ -224,13 +235,13 @@ class Restore:
         return shared, local
 
     async def _read_one(
-        self, name: str, list_accounts: Callable[[], Awaitable[Listing]]
+        self, name: str, list_accounts: Callable[[], Awaitable[Listing]], bound: trio.CancelScope
     ) -> Listing | None:
-        """One listing, tried again until `restore_give_up_s` is over."""
+        """One listing, tried again until `bound` is over."""
         began = trio.current_time()
         journal = self._ports.journal
 
-        error: Exception = TryTimedOut(self._limits.restore_give_up_s)
+        error: Exception = TryTimedOut(self._limits.restore_try_s)
 
         def noted(tries: int, failure: Exception, pause_s: float) -> None:
             nonlocal error
@@ -244,7 +255,7 @@ class Restore:
                 retry_s=round(pause_s, 3),
             )
 
-        with trio.move_on_after(self._limits.restore_give_up_s):
+        with bound:
             listing = await retry(
                 list_accounts,
                 on=(StoreUnavailable,),
@@ -437,16 +448,18 @@ class Restore:
             if commit is not None:
                 sealing.append((ledger, commit))
         done: list[tuple[Ledger, AccountCommit]] = []
+        answered = not sealing
         try:
+            if answered:
+                return
             self._term.check()
             with trio.fail_after(self._limits.restore_try_s):
                 stamps = await self._ports.accounts.seal([commit for _, commit in sealing])
+            answered = True
             for (ledger, commit), stamp in zip(sealing, stamps, strict=True):
                 if ledger.end_seal(commit, stamp):
                     done.append((ledger, commit))
         except (StoreUnavailable, trio.TooSlowError) as error:
-            for ledger, _ in sealing:
-                ledger.abandon_seal()
             self._ports.journal.note(
                 "restore.source_retried",
                 source=SHARED,
@@ -455,44 +468,76 @@ class Restore:
                 retry_s=0,
             )
         finally:
+            if not answered:
+                # Also when this is cancelled: a drain waits for ledgers that are busy.
+                for ledger, _ in sealing:
+                    ledger.abandon_seal()
             limiter.release()
         self._term.spawn(lambda: _save_seals(done))
 
     async def _load_outbox(self) -> None:
         """Hand every pending message to its account. Only after the seal: nothing can come late."""
-        ports = self._ports
-        unsealed = [s for s in self._term.sessions.values() if s.ledger and not s.ledger.sealed]
-        if unsealed:
+        sessions = [s for s in self._term.sessions.values() if s.ledger is not None]
+        late = [s for s in sessions if s.ledger is not None and not s.ledger.sealed]
+        if late:
             # Their own outboxes are only certain once they are sealed themselves.
-            self._term.spawn(lambda: self._load_late(unsealed))
-        pending = await retry(
-            ports.outbox.list_pending,
-            on=(StoreUnavailable,),
-            backoff=READ_BACKOFF,
-            try_s=self._limits.restore_try_s,
-            rng=ports.rng,
-        )
-        if pending:
-            ports.journal.note("outbox.loaded", count=len(pending))
-        late = {session.account_id for session in unsealed}
-        _hand_out(pending, [s for s in self._term.sessions.values() if s.account_id not in late])
+            self._term.spawn(lambda: self._load_late(late))
+        if len(late) < len(sessions):
+            pending = await self._list_pending()
+            if pending:
+                self._ports.journal.note("outbox.loaded", count=len(pending))
+            _hand_out(pending, [s for s in sessions if s not in late])
 
     async def _load_late(self, sessions: Sequence[Session]) -> None:
-        """Load the outboxes of accounts that a batch could not seal, once they are sealed."""
-        ports = self._ports
-        for session in sessions:
-            assert session.ledger is not None
-            # What keeps one account from being sealed is told when its session opens it.
-            with suppress(AccountVanished, StoreAway):
+        """Load the outboxes of accounts that a batch could not seal, as they are sealed.
+
+        One listing serves all that were sealed within `LATE_GATHER_S`; an account that cannot be
+        sealed keeps nobody waiting.
+        """
+        tell, sealed = trio.open_memory_channel[Session](len(sessions))
+        async with trio.open_nursery() as nursery:
+            for session in sessions:
+                nursery.start_soon(self._tell_sealed, session, tell)
+            left = len(sessions)
+            while left:
+                ready = [await sealed.receive()]
+                await trio.sleep(LATE_GATHER_S)
+                with suppress(trio.WouldBlock):
+                    while True:
+                        ready.append(sealed.receive_nowait())
+                _hand_out(await self._list_pending(), ready)
+                left -= len(ready)
+
+    async def _tell_sealed(self, session: Session, tell: trio.MemorySendChannel[Session]) -> None:
+        assert session.ledger is not None
+        while not session.ledger.sealed:
+            try:
                 await session.ledger.ensure_sealed()
-        pending = await retry(
-            ports.outbox.list_pending,
+            except AccountVanished:
+                # Told when its session opens it. It is never sealed, and never sends.
+                break
+            except StoreAway:
+                await trio.sleep(self._limits.store_try_s)
+        tell.send_nowait(session)
+
+    async def _list_pending(self) -> Sequence[Message]:
+        def noted(tries: int, error: Exception, pause_s: float) -> None:
+            self._ports.journal.note(
+                "restore.source_retried",
+                source="the outbox",
+                tries=tries,
+                error=describe_error(error),
+                retry_s=round(pause_s, 3),
+            )
+
+        return await retry(
+            self._ports.outbox.list_pending,
             on=(StoreUnavailable,),
             backoff=READ_BACKOFF,
             try_s=self._limits.restore_try_s,
-            rng=ports.rng,
+            rng=self._ports.rng,
+            noted=noted,
         )
-        _hand_out(pending, sessions)
 
     async def _open_all(self) -> None:
         """Open every session that is to be open, most recently used first."""
@@ -544,7 +589,7 @@ class Restore:
         """Sessions, most recently used first."""
         return sorted(
             self._term.sessions.values(),
-            key=lambda s: s.account.last_connected_at or s.account.created_at,
+            key=lambda s: last_used_at(s.account),
             reverse=True,
         )
 

@@ -8,6 +8,7 @@ Never lives here: how bytes are stored (`machine.ledger`), who acts (`machine.le
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from collections import OrderedDict
@@ -153,7 +154,7 @@ class SessionTerm(TermGuard, Protocol):
     """What a session needs of its term."""
 
     settling: bool
-    opening: trio.Semaphore
+    opening: Openings
     lease_ttl_s: float
 
     def connector_down(self, reason: str) -> None:
@@ -331,7 +332,7 @@ class Session:
             keys = self.ledger.keys() if self.ledger.parts else None
             if keys is not None:
                 await self._rotate()
-            await slot.take()
+            await slot.take(last_used_at(self.account))
             with trio.move_on_after(self._limits.open_try_s) as opening:
                 self.show(
                     AccountStatus.CONNECTING if keys is not None else AccountStatus.AWAITING_SCAN
@@ -669,26 +670,69 @@ class _Unusable(ConnectionClosed):
         super().__init__(0, cause)
 
 
-class _Slot:
-    """A place among the accounts being opened at once, given back once."""
+class Openings:
+    """The places for accounts being opened at once. The most recently used gets the next one."""
 
-    def __init__(self, opening: trio.Semaphore) -> None:
-        self._opening = opening
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._asked = 0
+        self._waiting: list[tuple[float, int, trio.Event]] = []
+
+    async def take(self, used_at: float) -> None:
+        """Wait for a place; `used_at` is when the account was last in use."""
+        self._asked += 1
+        given = trio.Event()
+        place = (-used_at, self._asked, given)
+        heapq.heappush(self._waiting, place)
+        try:
+            # All that ask in one instant are compared before the first place is given.
+            await trio.lowlevel.checkpoint()
+            self._give()
+            await given.wait()
+        except trio.Cancelled:
+            if given.is_set():
+                self.give_back()
+            else:
+                self._waiting.remove(place)
+                heapq.heapify(self._waiting)
+            raise
+
+    def give_back(self) -> None:
+        """Let the next one open."""
+        self._free += 1
+        self._give()
+
+    def _give(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            heapq.heappop(self._waiting)[2].set()
+
+
+class _Slot:
+    """One of the `Openings`, given back once."""
+
+    def __init__(self, openings: Openings) -> None:
+        self._openings = openings
         self._taken = False
 
-    async def take(self) -> None:
-        await self._opening.acquire()
+    async def take(self, used_at: float) -> None:
+        await self._openings.take(used_at)
         self._taken = True
 
     def give_back(self) -> None:
         if self._taken:
             self._taken = False
-            self._opening.release()
+            self._openings.give_back()
 
 
 def is_opened(account: Account) -> bool:
     """Whether an account in this status is opened when an instance becomes ACTIVE."""
     return account.status in RESTORED_STATUSES
+
+
+def last_used_at(account: Account) -> float:
+    """By what accounts are ordered when they cannot all be opened at once."""
+    return account.last_connected_at or account.created_at
 
 
 def jitter_s(rng: random.Random, limits: Limits) -> float:

@@ -56,7 +56,7 @@ from machine.refusals import (
 )
 from machine.restore import Restore
 from machine.retry import Backoff, TryTimedOut, retry
-from machine.session import Session, jitter_s
+from machine.session import Openings, Session, jitter_s
 from machine.views import AccountView, PairingCode, QrCode, RestoreReport
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Term:
         self.grant = held.grant
         self.sessions: dict[AccountId, Session] = {}
         self.settling = False
-        self.opening = trio.Semaphore(limits.open_concurrency)
+        self.opening = Openings(limits.open_concurrency)
         self.lease_ttl_s = timing.ttl_s
         self.scope = trio.CancelScope(deadline=held.deadline)
         self.lost_reason: str | None = None
