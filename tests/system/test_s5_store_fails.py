@@ -29,6 +29,7 @@ from tests.system.steps import (
     send_all,
     state_dir,
     statuses,
+    wait_logged,
 )
 
 pytestmark = pytest.mark.system
@@ -124,6 +125,32 @@ async def test_an_account_that_no_readable_copy_names_is_not_called_unknown(
             if answer.status_code < 300:
                 accepted[answer.json()["messageId"]] = "asked"
         accepted |= await send_all(cluster, node, "ben", "ben after")
+        await arrived_readable_once(cluster, node, accepted)
+
+
+@pytest.mark.emulator
+async def test_a_stale_disk_copy_that_nobody_refreshed_loses_to_the_shared_one(
+    tmp_path: Path, firestore_emulator: str
+) -> None:
+    async with open_behind_proxy(tmp_path, firestore_emulator) as (cluster, proxy):
+        node, accepted = await _paired_and_stopped(cluster)
+        backup = shutil.copytree(state_dir(node), tmp_path / "backup")
+        await cluster.restart(node, state="ACTIVE")
+        await cluster.wait_connected(node, "ann", "ben")
+        accepted |= await send_all(cluster, node, "ann", "two", "three")
+        assert await node.stop() == 0
+        shutil.rmtree(state_dir(node))
+        shutil.copytree(backup, state_dir(node))
+
+        # A standby refreshes its copy at its start: that has to fail for this test.
+        proxy.refused = ACCOUNTS_QUERY
+        await cluster.restart(node)
+        await wait_logged(node, "disk copy could not be brought up to date")
+        proxy.refused = None
+        report = await restored(cluster, node)
+        assert (report["restored"], report["failures"]) == (2, [])
+        assert report["takenFrom"] == {SHARED: 2}
+        accepted |= await send_all(cluster, node, "ann", "four")
         await arrived_readable_once(cluster, node, accepted)
 
 
