@@ -610,10 +610,11 @@ class Ledger:
         if self.version > head.version:
             await self._replace(head)
             return
+        if self._push and self.version == head.version:
+            # The restore found this version broken there; its keys may be all that is.
+            await self._replace(head)
+            return
         if head.fault is not None:
-            if self._push and self.version == head.version:
-                await self._replace(head)
-                return
             raise AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
         if head.version != self.version:
             self._ports.journal.note("account.refused_seal", account_id=self.account_id)
