@@ -22,6 +22,7 @@ from tests.system.steps import (
     ALONE,
     BOTH,
     DISK,
+    LONG_ON_FIRESTORE,
     SHARED,
     arrived_readable_once,
     dashboard,
@@ -87,6 +88,7 @@ async def test_accounts_come_back_when_firestore_fails_the_first_tries(
 
 
 @pytest.mark.emulator
+@pytest.mark.long
 async def test_the_disk_brings_accounts_back_when_firestore_never_lists_them(
     tmp_path: Path, firestore_emulator: str
 ) -> None:
@@ -129,6 +131,7 @@ async def test_an_account_that_no_readable_copy_names_is_not_called_unknown(
 
 
 @pytest.mark.emulator
+@pytest.mark.long
 async def test_a_stale_disk_copy_that_nobody_refreshed_loses_to_the_shared_one(
     tmp_path: Path, firestore_emulator: str
 ) -> None:
@@ -175,6 +178,7 @@ def _scribble_over_ann(tmp_path: Path, env: dict[str, str]) -> None:
     assert answer.status_code == 200, answer.text
 
 
+@LONG_ON_FIRESTORE
 async def test_a_record_that_means_nothing_is_quarantined_and_the_others_live(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -192,6 +196,7 @@ async def test_a_record_that_means_nothing_is_quarantined_and_the_others_live(
     await arrived_readable_once(cluster, node, accepted)
 
 
+@LONG_ON_FIRESTORE
 async def test_a_record_that_means_nothing_is_mended_from_this_disk(
     cluster: Cluster, tmp_path: Path
 ) -> None:
