@@ -135,7 +135,7 @@ def _operations_row(size: Size, state: str, before: Seen, after: Seen) -> Row:
 
 FIGURE = Figure(
     "idle",
-    {"full": Size(1000, 8, 60), "quick": Size(200, 2, 10), "tiny": Size(2, 0.1, 0.5)},
+    {"full": Size(1000, 8, 60), "quick": Size(200, 1, 6), "tiny": Size(2, 0.1, 0.5)},
     measure,
 )
 

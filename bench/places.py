@@ -74,7 +74,8 @@ class Group:
 async def open_group(store: str, accounts: int, **settings: str) -> AsyncIterator[Group]:
     """A group with `accounts` paired accounts, logging as JSON. Processes end with the block."""
     with fresh_env(store) as (directory, env):
-        env |= {"WATCHKEEPER_LOG_FORMAT": "json", **settings}
+        # The tests' settings log every detail; an operator's do not, and lines are not free.
+        env |= {"WATCHKEEPER_LOG_FORMAT": "json", "WATCHKEEPER_LOG_LEVEL": "info", **settings}
         async with open_cluster(directory, env) as cluster:
             ids = await seed_accounts(env, accounts, contacts=CONTACTS) if accounts else []
             yield Group(cluster, [str(account_id) for account_id in ids])
@@ -126,14 +127,16 @@ class Log:
         return moments[-1]
 
     async def wait(self, event: str, since: float = 0.0) -> float:
-        """Wait until it is there; when it was."""
-        with trio.fail_after(LOG_WAIT_S):
+        """Wait until it is there; when it was. Raises `LookupError` after `LOG_WAIT_S`."""
+        with trio.move_on_after(LOG_WAIT_S):
             while True:
                 self.read()
                 found = self.find(event, since)
                 if found is not None:
                     return found[0]
                 await trio.sleep(0.02)
+        newest = "\n".join(f"{name} {fields}" for _, name, fields in self.events[-20:])
+        raise LookupError(f"no {event} in {self._path.name} within {LOG_WAIT_S:g} s:\n{newest}")
 
 
 async def start_holder(cluster: Cluster, name: str, accounts: int, **settings: str) -> Node:
