@@ -562,7 +562,7 @@ class Term:
     async def _reconnect(self, account_id: AccountId) -> AccountView:
         session = await self._session(account_id)
         if session.ledger is None:
-            session = await self._read_again(account_id, session)
+            session = await self._read_again(account_id, keys=True)
         assert session.ledger is not None
         if session.status is AccountStatus.LOGGED_OUT or not (
             session.ledger.parts or session.running
@@ -577,10 +577,14 @@ class Term:
             self.start_session(session)
         return session.view()
 
-    async def _read_again(self, account_id: AccountId, session: Session) -> Session:
+    async def _read_again(self, account_id: AccountId, *, keys: bool) -> Session:
+        """A quarantined account, read anew from the shared store. `keys`: they must be readable.
+
+        Raises `AccountQuarantined`.
+        """
         copy = await self._try(lambda: self._ports.accounts.fetch_account(account_id))
         fault = "it is not in the shared store" if copy is None else copy.fault
-        if copy is not None and fault is None and copy.parts:
+        if copy is not None and fault is None and keys and copy.parts:
             fault = self._ports.codec.check(account_id, copy.parts)
         if copy is None or fault is not None:
             raise AccountQuarantined(f"account {account_id} still cannot be read: {fault}")
@@ -600,7 +604,7 @@ class Term:
         return await self._visit(self._log_out, account_id)
 
     async def _log_out(self, account_id: AccountId) -> AccountView:
-        session, ledger = await self._stoppable(account_id)
+        session, ledger = await self._stoppable(account_id, keys=True)
         if session.connection is not None:
             self.check()
             with suppress(ConnectionClosed), trio.move_on_after(self._limits.ack_s):
@@ -628,13 +632,18 @@ class Term:
         )
         return await self._begin_pairing(session)
 
-    async def _stoppable(self, account_id: AccountId) -> tuple[Session, Ledger]:
+    async def _stoppable(
+        self, account_id: AccountId, *, keys: bool = False
+    ) -> tuple[Session, Ledger]:
+        """A session to stop for good. `keys`: refused where they cannot be read.
+
+        Otherwise they are archived as they are, which is what `repair` and removal need.
+        """
         session = await self._session(account_id)
         self._refuse_intake()
         if session.ledger is None:
-            raise AccountQuarantined(
-                f"account {account_id} cannot be read: {session.account.last_error}"
-            )
+            session = await self._read_again(account_id, keys=keys)
+        assert session.ledger is not None
         await session.ledger.ensure_sealed()
         return session, session.ledger
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from machine.records import MAIN_PART, AccountCopy, AccountId, Listing, Stamp, Version
 from machine.legacy import new_account
+from machine.records import MAIN_PART, AccountCopy, AccountId, Listing, Stamp, Version
 from machine.restore import Choice, Source, reconcile, reconcile_all
 
 ANN = AccountId("ann")
