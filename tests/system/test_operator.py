@@ -123,6 +123,7 @@ async def test_refusals_say_why_and_end_with_the_documented_codes(group: Cluster
         assert TOKEN not in told.out + told.err
 
 
+@pytest.mark.long
 async def test_step_down_needs_a_standby_or_force(group: Cluster) -> None:
     a = await group.start("a", state="ACTIVE")
     await group.add_paired(a, "ann")
@@ -157,6 +158,7 @@ async def test_step_down_needs_a_standby_or_force(group: Cluster) -> None:
     await group.wait_connected(b, "ann")
 
 
+@pytest.mark.long
 async def test_drain_ends_the_instance_and_transitions_outlive_it(group: Cluster) -> None:
     node = await group.start("a", state="ACTIVE", **ALONE)
     told = await command(node, "drain", "--reason", "deploy 7", "--json")
@@ -223,6 +225,7 @@ async def test_a_state_directory_serves_one_process(group: Cluster) -> None:
     assert await group.answers(a, "/active")
 
 
+@pytest.mark.long
 async def test_import_on_request(group: Cluster, tmp_path: Path) -> None:
     sessions = make_directories(tmp_path / "made" / "sessions", 2)
     (sessions / "account-1" / "creds.json").write_text("{")
@@ -248,6 +251,7 @@ async def _same_name(group: Cluster) -> AsyncIterator[tuple[Node, Node]]:
     yield a, await group.restart(twin)
 
 
+@pytest.mark.long
 async def test_two_instances_of_one_name_never_both_act(group: Cluster) -> None:
     async with _same_name(group) as (a, twin):
         await group.wait_state(twin, "PASSIVE")

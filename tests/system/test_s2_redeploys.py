@@ -6,9 +6,10 @@ import pytest
 import trio
 
 from tests.system.cluster import Cluster
+from tests.system.steps import LONG_ON_FIRESTORE
 from tests.system.traffic import Traffic, arrived_exactly_once
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, LONG_ON_FIRESTORE]
 
 
 async def test_three_redeploys_in_a_row_fail_no_request_and_lose_no_message(

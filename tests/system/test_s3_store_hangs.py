@@ -87,6 +87,7 @@ async def test_a_locked_database_ends_the_term_before_the_ttl(tmp_path: Path) ->
         await _hang_and_heal(cluster, locked_out(tmp_path / "shared" / "shared.db"))
 
 
+@pytest.mark.long
 @pytest.mark.emulator
 async def test_a_stopped_emulator_ends_the_term_before_the_ttl(
     tmp_path: Path, own_emulator: Emulator

@@ -6,10 +6,11 @@ import pytest
 import trio
 
 from tests.system.cluster import Cluster
+from tests.system.steps import LONG_ON_FIRESTORE
 from tests.system.test_s3_store_hangs import TIMES, TTL_S
 from tests.system.traffic import Traffic, arrived_exactly_once
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, LONG_ON_FIRESTORE]
 
 
 async def test_kill_9_of_the_holder_loses_no_accepted_message(cluster: Cluster) -> None:

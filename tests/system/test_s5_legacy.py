@@ -50,6 +50,7 @@ def _everything_in(directory: Path) -> dict[str, tuple[bytes, int, int]]:
     return found
 
 
+@pytest.mark.long
 async def test_legacy_sessions_become_accounts_and_broken_ones_are_quarantined(
     cluster: Cluster, sessions: Path
 ) -> None:

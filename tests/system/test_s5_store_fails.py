@@ -106,6 +106,7 @@ async def test_the_disk_brings_accounts_back_when_firestore_never_lists_them(
         assert proxy.refusals > 1
 
 
+@pytest.mark.long
 @pytest.mark.emulator
 async def test_an_account_that_no_readable_copy_names_is_not_called_unknown(
     tmp_path: Path, firestore_emulator: str
@@ -196,6 +197,7 @@ async def test_a_record_that_means_nothing_is_quarantined_and_the_others_live(
     await arrived_readable_once(cluster, node, accepted)
 
 
+@pytest.mark.long
 @LONG_ON_FIRESTORE
 async def test_a_record_that_means_nothing_is_mended_from_this_disk(
     cluster: Cluster, tmp_path: Path

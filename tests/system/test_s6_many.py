@@ -7,8 +7,9 @@ import trio
 
 from tests.seed import seed_accounts
 from tests.system.cluster import Cluster
+from tests.system.steps import LONG_ON_FIRESTORE
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, LONG_ON_FIRESTORE]
 
 ACCOUNTS = 1000
 

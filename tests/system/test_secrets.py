@@ -105,6 +105,7 @@ async def _command_lines(stop: trio.Event, seen: set[str]) -> None:
         await trio.sleep(0.05)
 
 
+@pytest.mark.long
 async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
     cluster: Cluster, tmp_path: Path
 ) -> None:
