@@ -106,6 +106,8 @@ class Instance:
         self._fence: Fence | None = None
         self._nursery: trio.Nursery | None = None
         self._unsaved: list[Transition] = []
+        self._watching = trio.CancelScope()
+        self._warming = trio.CancelScope()
         self._engine = Engine(self, fired=self._record)
 
     # --- what others read
@@ -377,7 +379,7 @@ class Instance:
 
     async def _keep_fence_watched(self) -> None:
         """Hear of every change of the fence. It only accelerates; the reads decide."""
-        with trio.CancelScope() as self._watching:
+        with self._watching:
             async with self._ports.lease.watch_fence() as fences:
                 async for fence in fences:
                     self._fence = fence
@@ -527,7 +529,7 @@ class Instance:
 
     async def _keep_warm(self) -> None:
         """While PASSIVE, bring the disk copy up to date: once now, then every so often."""
-        with trio.CancelScope() as self._warming:
+        with self._warming:
             while True:
                 if self.state is State.PASSIVE:
                     await self._warm()
