@@ -134,6 +134,10 @@ EVENTS: dict[str, EventKind] = {
     "commit.retried": _warning("account {account_id}: commit not confirmed ({error}); again"),
     "commit.refused": _warning("account {account_id}: commit refused: {reason}"),
     "drain.settled": _info("settled in {duration_s} s: {in_flight} sends were in flight"),
+    "drain.unflushed": _warning(
+        "{accounts} accounts have changes that the shared store did not confirm; with durability "
+        "local this disk may be the only one that has them: start an instance on it first"
+    ),
     "drain.unsettled": _warning(
         "{in_flight} sends were still in flight after {duration_s} s; the next holder sends them "
         "again under the same message ids"

@@ -222,6 +222,11 @@ class Ledger:
         if entry.error is not None:
             raise entry.error
 
+    @property
+    def flushed(self) -> bool:
+        """Whether the shared store has everything: nothing is queued, in flight, or only here."""
+        return not (self._busy or self._waiting or self._behind.dirty)
+
     async def flush(self) -> None:
         """Wait until everything queued is durable and the shared store has all of it.
 

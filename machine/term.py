@@ -312,11 +312,14 @@ class Term:
         async with trio.open_nursery() as nursery:
             for session in self.sessions.values():
                 nursery.start_soon(session.stop)
+        ledgers = [s.ledger for s in self.sessions.values() if s.ledger is not None]
         with trio.move_on_after(self._limits.settle_s):
             async with trio.open_nursery() as nursery:
-                for session in self.sessions.values():
-                    if session.ledger is not None:
-                        nursery.start_soon(_flush, session.ledger)
+                for ledger in ledgers:
+                    nursery.start_soon(_flush, ledger)
+        unflushed = sum(not ledger.flushed for ledger in ledgers)
+        if unflushed:
+            self._ports.journal.note("drain.unflushed", accounts=unflushed)
         self._ports.journal.note(
             "drain.unsettled" if unsettled else "drain.settled",
             duration_s=round(trio.current_time() - began, 3),

@@ -75,7 +75,8 @@ class RestoreReport:
 
     `restored` counts the accounts that reached an open connection in the first pass, `listed`
     those that are kept but not opened (logged out, banned, stopped), `pairing` those that wait
-    for a phone. `durations` has seconds for each phase: firestore, disk, reconcile, seal, open.
+    for a phone. `durations` has seconds for each phase, by its
+    name: the shared store, this disk, reconcile, seal, open.
     `retries` counts, for each source, the reads that failed before one was answered or it was
     given up; `taken_from`, for each source, the accounts whose copy there was gone on from.
     """

@@ -207,6 +207,7 @@ def run_tiny(name: str, store: str, directory: Path) -> list[Row]:
 
 
 @pytest.mark.system
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["startup", "sends", "restore"])
 def test_a_figure_can_be_taken(name: str, tmp_path: Path) -> None:
     rows = run_tiny(name, "sqlite", tmp_path)

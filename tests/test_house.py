@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -115,6 +116,8 @@ def make(*arguments: str) -> str:
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=ROOT,
+        # Without what a `make test ARGS=…` above us handed down.
+        env={k: v for k, v in os.environ.items() if k not in {"ARGS", "MAKEFLAGS", "MAKELEVEL"}},
         capture_output=True,
         text=True,
         check=True,
