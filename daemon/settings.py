@@ -453,7 +453,9 @@ class Settings(BaseSettings):
 
     def stop_s(self) -> float:
         """Seconds from SIGTERM to the end at the longest: what a service file must allow."""
-        return self.drain_s + 2 * self.lease_attempt_s + self.drain_linger_s + self.lease_margin_s
+        release_s = 4 * self.lease_attempt_s
+        answer_s = self.handoff_wait_s + 1
+        return 2 * self.drain_s + release_s + self.drain_linger_s + answer_s + self.lease_margin_s
 
 
 def _default_instance_name(http_bind: str) -> str:

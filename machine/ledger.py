@@ -9,6 +9,7 @@ Never lives here: what the change means (`machine.session`, `machine.outbox`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import trio
 
 from machine.lease import describe_error
 from machine.limits import Durability, Limits
+from machine.places import Places, last_used_at
 from machine.ports import (
     AccountExists,
     MessageExists,
@@ -55,6 +57,8 @@ class TermGuard(Protocol):
     """What a ledger needs of its term."""
 
     grant: Grant
+    reading: Places
+    """The places for accounts being read one by one."""
 
     def check(self) -> None:
         """Raise `NotActive` when the term is over, on either clock."""
@@ -566,8 +570,9 @@ class Ledger:
     async def _fetch_locally(self) -> AccountCopy | None:
         """This disk's copy, `None` when it cannot be read: then the shared one serves."""
         try:
-            with trio.fail_after(self._limits.store_try_s):
-                copy = await self._ports.local.fetch_account(self.account_id)
+            async with self._term.reading.hold(last_used_at(self.account)):
+                with trio.fail_after(self._limits.store_try_s):
+                    copy = await self._ports.local.fetch_account(self.account_id)
         except (StoreUnavailable, trio.TooSlowError) as error:
             fault: str | None = describe_error(error)
         else:
@@ -589,14 +594,17 @@ class Ledger:
         """
 
         async def once() -> AccountCopy | None:
-            self._term.check()
-            return await self._ports.accounts.fetch_account(self.account_id)
+            async with self._term.reading.hold(last_used_at(self.account)):
+                self._term.check()
+                # A try's time begins when its turn has come; its place is free again after it.
+                with trio.fail_after(self._limits.store_try_s):
+                    return await self._ports.accounts.fetch_account(self.account_id)
 
         head = await retry(
             once,
-            on=(StoreUnavailable,),
+            on=(StoreUnavailable, trio.TooSlowError),
             backoff=COMMIT_BACKOFF,
-            try_s=self._limits.store_try_s,
+            try_s=math.inf,
             rng=self._ports.rng,
         )
         if head is None and (self._push or self.stamp is None):

@@ -21,6 +21,9 @@ class Limits:
     """Reading a legacy directory (300 accounts/s were measured); then it is told, and left."""
     store_try_s: float = 5.0
     """One try of one small store operation; then it is tried again."""
+    read_concurrency: int = 16
+    """Accounts being read one by one at once, from either store; the others wait their turn. A
+    cold start that asked for a thousand at once left no room for the lease's renewals."""
     restore_try_s: float = 20.0
     """One try to list all accounts of one source; then it is tried again."""
     restore_give_up_s: float = 120.0

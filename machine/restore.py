@@ -9,11 +9,11 @@ Never lives here: how one account is opened (`machine.session`) or written (`mac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -21,6 +21,7 @@ from machine.lease import describe_error
 from machine.ledger import AccountVanished, Ledger
 from machine.legacy import LegacyImport
 from machine.limits import Limits
+from machine.places import last_used_at
 from machine.ports import (
     Ports,
     StoreUnavailable,
@@ -37,13 +38,17 @@ from machine.records import (
 )
 from machine.refusals import StoreAway
 from machine.retry import Backoff, TryTimedOut, retry
-from machine.session import Outcome, Session, is_opened, last_used_at
+from machine.session import Outcome, Session, is_opened
 from machine.views import RestoreFailure, RestoreReport
+
+T = TypeVar("T")
 
 READ_BACKOFF = Backoff(first_s=0.2, factor=2.0, cap_s=5.0, jitter=0.5)
 LATE_BACKOFF = Backoff(first_s=1.0, factor=2.0, cap_s=15.0, jitter=0.5)
 SEAL_BATCH = 200
 SEALS_IN_FLIGHT = 4
+TURN = 100
+"""Accounts handled in one go: 10,000 of them held every renewal and caller up for 2 s."""
 LATE_GATHER_S = 0.2
 
 SHARED = "the shared store"
@@ -185,11 +190,11 @@ class Restore:
         shared, local = await self._read_both()
         if shared is None and local is None:
             raise RestoreImpossible("neither the shared store nor this disk could be read")
-        choices = self._choose(shared, local)
+        choices = await self._choose(shared, local)
         self._check_epoch(choices)
-        quarantined = self._bring_to_memory(choices, local)
+        quarantined = await self._bring_to_memory(choices, local)
         self._term.known()
-        self._tell_found(shared, local, choices, quarantined)
+        await self._tell_found(shared, local, choices, quarantined)
         await self._seal_all()
         await self._load_outbox()
         await self._open_all()
@@ -302,9 +307,9 @@ class Restore:
         )
         known = set(self._term.sessions)
         missing = [c for c in shared.copies if c.account.account_id not in known]
-        choices = self._choose(replace(shared, copies=tuple(missing)), None)
+        choices = await self._choose(replace(shared, copies=tuple(missing)), None)
         self._check_epoch(choices)
-        self._bring_to_memory(choices, None)
+        await self._bring_to_memory(choices, None)
         self._update(found_shared=len(shared.copies), total=len(self._term.sessions))
         added = [s for account_id, s in self._term.sessions.items() if account_id not in known]
         late = [session for session in added if session.ledger is not None]
@@ -316,24 +321,25 @@ class Restore:
 
     # --- choosing
 
-    def _choose(self, shared: Listing | None, local: Listing | None) -> list[Choice]:
+    async def _choose(self, shared: Listing | None, local: Listing | None) -> list[Choice]:
         began = trio.current_time()
-        choices = reconcile_all(self._checked(shared), self._checked(local))
+        choices = reconcile_all(await self._checked(shared), await self._checked(local))
         self._took("reconcile", began)
         return choices
 
-    def _checked(self, listing: Listing | None) -> Listing | None:
+    async def _checked(self, listing: Listing | None) -> Listing | None:
         """The listing with a fault on every copy whose credentials do not open."""
         if listing is None:
             return None
         codec = self._ports.codec
-        copies = tuple(
-            copy
-            if copy.fault is not None or copy.removed or not copy.parts
-            else replace(copy, fault=codec.check(copy.account.account_id, copy.parts))
-            for copy in listing.copies
-        )
-        return replace(listing, copies=copies)
+        copies: list[AccountCopy] = []
+        async for copy in _in_turns(listing.copies):
+            if copy.fault is None and not copy.removed and copy.parts:
+                fault = codec.check(copy.account.account_id, copy.parts)
+                copies.append(copy if fault is None else replace(copy, fault=fault))
+            else:
+                copies.append(copy)
+        return replace(listing, copies=tuple(copies))
 
     def _check_epoch(self, choices: Sequence[Choice]) -> None:
         """End the term when an account was written under a higher epoch than ours.
@@ -349,12 +355,14 @@ class Restore:
             )
             self._term.check()
 
-    def _bring_to_memory(self, choices: Sequence[Choice], local: Listing | None) -> int:
+    async def _bring_to_memory(self, choices: Sequence[Choice], local: Listing | None) -> int:
         """Make a session for every account; how many are quarantined."""
         saved = {c.account.account_id: c.version for c in (local.copies if local else ())}
         quarantined = 0
-        for choice in choices:
+        async for choice in _in_turns(choices):
             copy = choice.copy
+            if choice.account_id in self._term.sessions:
+                continue  # It was created here since the listing.
             if choice.removed:
                 self._removed.add(choice.account_id)
                 self._term.spawn(lambda copy=copy: self._archive(copy.account.account_id))  # type: ignore[misc]
@@ -373,13 +381,6 @@ class Restore:
                 )
             if is_opened(copy.account):
                 session.show(AccountStatus.RESTORING)
-            self._ports.journal.note(
-                "account.found",
-                account_id=choice.account_id,
-                name=copy.account.name,
-                status=copy.account.status,
-                source=choice.source.value,
-            )
         return quarantined
 
     def _quarantine(self, choice: Choice) -> None:
@@ -486,7 +487,8 @@ class Restore:
             pending = await self._list_pending()
             if pending:
                 self._ports.journal.note("outbox.loaded", count=len(pending))
-            _hand_out(pending, [s for s in sessions if s not in late])
+            held_back = {session.account_id for session in late}
+            _hand_out(pending, [s for s in sessions if s.account_id not in held_back])
 
     async def _load_late(self, sessions: Sequence[Session]) -> None:
         """Load the outboxes of accounts that a batch could not seal, as they are sealed.
@@ -607,13 +609,22 @@ class Restore:
         self._failures.append(RestoreFailure(account_id, cause, advice))
         self._update(failures=tuple(self._failures))
 
-    def _tell_found(
+    async def _tell_found(
         self,
         shared: Listing | None,
         local: Listing | None,
         choices: Sequence[Choice],
         quarantined: int,
     ) -> None:
+        async for choice in _in_turns(choices):
+            if not choice.removed and choice.fault is None:
+                self._ports.journal.note(
+                    "account.found",
+                    account_id=choice.account_id,
+                    name=choice.copy.account.name,
+                    status=choice.copy.account.status,
+                    source=choice.source.value,
+                )
         sessions = self._term.sessions.values()
         to_open = sum(1 for s in sessions if s.ledger and is_opened(s.account))
         taken_from = Counter(c.source.value for c in choices if not c.removed)
@@ -640,6 +651,14 @@ class Restore:
             failed=len(self._failures),
             total=report.total,
         )
+
+
+async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:
+    """The items one by one, letting other tasks (renewals, callers) run in between."""
+    for number, item in enumerate(items):
+        if number % TURN == 0:
+            await trio.lowlevel.checkpoint()
+        yield item
 
 
 def _hand_out(pending: Sequence[Message], sessions: Sequence[Session]) -> None:

@@ -8,7 +8,6 @@ Never lives here: how bytes are stored (`machine.ledger`), who acts (`machine.le
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections import OrderedDict
@@ -22,6 +21,7 @@ import trio
 from machine.ledger import AccountVanished, Ledger, TermGuard
 from machine.limits import Limits
 from machine.outbox import AccountOutbox, is_progress, moved
+from machine.places import Places, last_used_at
 from machine.ports import (
     AuthTooLarge,
     AuthUnreadable,
@@ -154,7 +154,7 @@ class SessionTerm(TermGuard, Protocol):
     """What a session needs of its term."""
 
     settling: bool
-    opening: Openings
+    opening: Places
     lease_ttl_s: float
 
     def connector_down(self, reason: str) -> None:
@@ -670,48 +670,10 @@ class _Unusable(ConnectionClosed):
         super().__init__(0, cause)
 
 
-class Openings:
-    """The places for accounts being opened at once. The most recently used gets the next one."""
-
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._asked = 0
-        self._waiting: list[tuple[float, int, trio.Event]] = []
-
-    async def take(self, used_at: float) -> None:
-        """Wait for a place; `used_at` is when the account was last in use."""
-        self._asked += 1
-        given = trio.Event()
-        place = (-used_at, self._asked, given)
-        heapq.heappush(self._waiting, place)
-        try:
-            # All that ask in one instant are compared before the first place is given.
-            await trio.lowlevel.checkpoint()
-            self._give()
-            await given.wait()
-        except trio.Cancelled:
-            if given.is_set():
-                self.give_back()
-            else:
-                self._waiting.remove(place)
-                heapq.heapify(self._waiting)
-            raise
-
-    def give_back(self) -> None:
-        """Let the next one open."""
-        self._free += 1
-        self._give()
-
-    def _give(self) -> None:
-        while self._free and self._waiting:
-            self._free -= 1
-            heapq.heappop(self._waiting)[2].set()
-
-
 class _Slot:
-    """One of the `Openings`, given back once."""
+    """One of the `Places`, given back once."""
 
-    def __init__(self, openings: Openings) -> None:
+    def __init__(self, openings: Places) -> None:
         self._openings = openings
         self._taken = False
 
@@ -728,11 +690,6 @@ class _Slot:
 def is_opened(account: Account) -> bool:
     """Whether an account in this status is opened when an instance becomes ACTIVE."""
     return account.status in RESTORED_STATUSES
-
-
-def last_used_at(account: Account) -> float:
-    """By what accounts are ordered when they cannot all be opened at once."""
-    return account.last_connected_at or account.created_at
 
 
 def jitter_s(rng: random.Random, limits: Limits) -> float:

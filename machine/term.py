@@ -23,6 +23,7 @@ from machine.ledger import AccountVanished, Ledger
 from machine.legacy import first_version, new_account
 from machine.limits import Durability, Limits
 from machine.outbox import require_same
+from machine.places import Places
 from machine.ports import (
     AccountExists,
     Bridge,
@@ -56,7 +57,7 @@ from machine.refusals import (
 )
 from machine.restore import Restore
 from machine.retry import Backoff, TryTimedOut, retry
-from machine.session import Openings, Session, jitter_s
+from machine.session import Session, jitter_s
 from machine.views import AccountView, PairingCode, QrCode, RestoreReport
 
 T = TypeVar("T")
@@ -106,7 +107,8 @@ class Term:
         self.grant = held.grant
         self.sessions: dict[AccountId, Session] = {}
         self.settling = False
-        self.opening = Openings(limits.open_concurrency)
+        self.opening = Places(limits.open_concurrency)
+        self.reading = Places(limits.read_concurrency)
         self.lease_ttl_s = timing.ttl_s
         self.scope = trio.CancelScope(deadline=held.deadline)
         self.lost_reason: str | None = None

@@ -331,6 +331,8 @@ class Server:
             # them. Each is served one request, like all that is in flight.
             for stream in _backlog(listener):
                 self._start(stream, connections)
+            # At once: whoever connected between this and a later close would be reset.
+            listener.socket.close()
 
     async def _admit(self, stream: trio.SocketStream, connections: trio.Nursery) -> None:
         if self.open_connections < self._connections_max:

@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from machine.ledger import AccountVanished, Ledger
 from machine.limits import Durability
 from machine.outbox import moved
+from machine.places import Places
 from machine.ports import AuthUnreadable, MessageExists, StaleWrite
 from machine.records import (
     MAIN_PART,
@@ -50,6 +51,7 @@ class Guard:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.grant = Grant(7, "a", "a-1", Stamp(""))
+        self.reading = Places(16)
         self.lost: str | None = None
         self._nursery = nursery
 

@@ -28,7 +28,7 @@ from machine.refusals import AccountNotFound, AccountQuarantined, StoreAway
 from machine.states import State
 from machine.views import RestoreReport
 from tests.fakes.local_store import FakeLocalStore
-from tests.fakes.shared_store import Passage
+from tests.fakes.shared_store import CALM, Passage
 from tests.machine.lab import ANN, BEN, LIMITS, Host, Lab, open_lab
 
 CEM = AccountId("cem")
@@ -662,3 +662,19 @@ async def test_ten_handovers_lose_nothing_and_show_no_qr_code(
         assert lab.whatsapp.unreadable() == []
         assert lab.whatsapp.evictions == []
         assert holder.instance.epoch == 11
+
+
+async def test_a_cold_start_reads_a_bounded_number_of_accounts_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        names = [AccountId(f"acc{n:02}") for n in range(48)]
+        await lab.add_accounts(*names)
+        a = lab.make("a", limits=replace(LIMITS, read_concurrency=16, warm_concurrency=1))
+        slow = Passage(reply_s=1.0)
+        a.store.weather = lambda operation: slow if operation == "fetch_account" else CALM
+        lab.start(a)
+        await a.journal.wait_for("restore.found")
+        began = trio.current_time()
+        await a.journal.wait_for("session.connected", 48)
+        assert trio.current_time() - began == pytest.approx(3.0, abs=0.3)

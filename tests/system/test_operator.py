@@ -100,6 +100,7 @@ async def test_first_account_from_add_to_send(group: Cluster) -> None:
     assert [m["text"] for m in await group.received(node)] == ["Good morning", "Once"]
 
 
+@pytest.mark.long
 async def test_refusals_say_why_and_end_with_the_documented_codes(group: Cluster) -> None:
     node = await group.start("a", state="ACTIVE", **ALONE)
     unknown = await command(node, "send", "nobody", "4915112345678", "x")
@@ -178,6 +179,7 @@ async def test_drain_ends_the_instance_and_transitions_outlive_it(group: Cluster
     assert rows[1]["epoch"] < rows[4]["epoch"]
 
 
+@pytest.mark.long
 async def test_status_is_readable_and_json(group: Cluster) -> None:
     a = await group.start("a", state="ACTIVE")
     await group.add_paired(a, "ann")
@@ -192,6 +194,7 @@ async def test_status_is_readable_and_json(group: Cluster) -> None:
     assert named.json()["instance"]["id"] == "a"
 
 
+@pytest.mark.long
 async def test_doctor_and_config_before_and_beside_a_running_instance(group: Cluster) -> None:
     node = group.make("a", **ALONE)
     before = await command(node, "doctor", "--json")
@@ -214,6 +217,7 @@ async def test_doctor_and_config_before_and_beside_a_running_instance(group: Clu
         assert "DRAINING" in drawn.out
 
 
+@pytest.mark.long
 async def test_a_state_directory_serves_one_process(group: Cluster) -> None:
     a = await group.start("a", state="ACTIVE", **ALONE)
     second = group.make("b", WATCHKEEPER_STATE_DIR=a.env["WATCHKEEPER_STATE_DIR"])

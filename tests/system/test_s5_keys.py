@@ -57,6 +57,7 @@ def _disk_rows(node: Node) -> list[Any]:
         return [database.execute(f"SELECT * FROM {name}").fetchall() for (name,) in tables]
 
 
+@pytest.mark.long
 async def test_a_wrong_key_quarantines_everything_and_overwrites_nothing(cluster: Cluster) -> None:
     node, accepted = await _paired_and_stopped(cluster)
     shared, disk = await _shared_bytes(cluster), _disk_rows(node)
@@ -83,6 +84,7 @@ async def test_a_wrong_key_quarantines_everything_and_overwrites_nothing(cluster
     await arrived_readable_once(cluster, node, accepted)
 
 
+@pytest.mark.long
 async def test_a_new_key_takes_over_and_the_old_one_can_go(cluster: Cluster) -> None:
     node, accepted = await _paired_and_stopped(cluster)
     node.env["WATCHKEEPER_ENCRYPTION_KEY"] = OTHER_KEY

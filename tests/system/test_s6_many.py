@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import trio
 
+from daemon.loopback import Behaviour, LoopbackWorld
 from tests.seed import seed_accounts
 from tests.system.cluster import Cluster
 from tests.system.steps import LONG_ON_FIRESTORE
@@ -18,6 +21,10 @@ async def test_a_send_is_accepted_while_a_thousand_accounts_are_being_opened(
     cluster: Cluster,
 ) -> None:
     ids = await seed_accounts(cluster.env, ACCOUNTS)
+    # Logins that take their time, 50 at once: the send comes while most of them wait.
+    world = LoopbackWorld(Path(cluster.env["WATCHKEEPER_LOOPBACK_DIR"]))
+    await world.set_behaviour(None, Behaviour(login_delay_s=0.25))
+    world.close()
     node = await cluster.start("a")
     await cluster.wait_state(node, "ACTIVE")
     answer = await cluster.send(node, ids[-1], "while others are opened")
