@@ -121,7 +121,8 @@ class Instance:
     def term(self) -> Term | None:
         """The term that answers requests here, or `None`: then ask the holder."""
         term = self._term
-        if self.state is not State.ACTIVE or term is None or term.settling or term.over:
+        begun = self.state in (State.ACTIVE, State.DRAINING)
+        if not begun or term is None or term.intake_closed or term.over:
             return None
         return term
 

@@ -154,6 +154,7 @@ class SessionTerm(TermGuard, Protocol):
     """What a session needs of its term."""
 
     settling: bool
+    """On its way out: nothing is opened or sent any more; messages may still be accepted."""
     opening: Places
     lease_ttl_s: float
 

@@ -107,6 +107,7 @@ class Term:
         self.grant = held.grant
         self.sessions: dict[AccountId, Session] = {}
         self.settling = False
+        self.intake_closed = False
         self.opening = Places(limits.open_concurrency)
         self.reading = Places(limits.read_concurrency)
         self.lease_ttl_s = timing.ttl_s
@@ -298,10 +299,12 @@ class Term:
     # --- the end in good order
 
     async def settle(self) -> None:
-        """Stop intake, let what is in flight finish, close every session, make all durable.
+        """Let what is in flight finish, close every session, stop intake, make all durable.
 
-        Bounded by `settle_s` and by the lease. What is not settled then stays in the outbox as
-        `sending`, and the next holder sends it again under the same id.
+        Messages are still accepted while sessions close (0.5 s for 1,000 of them): they wait in
+        the outbox for the next holder, and their callers wait for nobody. Bounded by `settle_s`
+        and by the lease. What is not settled then stays in the outbox as `sending`, and the next
+        holder sends it again under the same id.
         """
         began = trio.current_time()
         self.settling = True
@@ -314,6 +317,7 @@ class Term:
         async with trio.open_nursery() as nursery:
             for session in self.sessions.values():
                 nursery.start_soon(session.stop)
+        self.intake_closed = True
         ledgers = [s.ledger for s in self.sessions.values() if s.ledger is not None]
         with trio.move_on_after(self._limits.settle_s):
             async with trio.open_nursery() as nursery:
@@ -396,7 +400,8 @@ class Term:
 
     async def _accept(self, message: Message) -> Message:
         session = await self._session(message.account_id)
-        self._refuse_intake()
+        if self.intake_closed:
+            raise _handing_over()
         refusal = _REFUSED.get(session.status)
         if session.ledger is None:
             refusal = AccountQuarantined
@@ -443,7 +448,7 @@ class Term:
 
     def _refuse_intake(self) -> None:
         if self.settling:
-            raise NotActive("this instance is handing the lease over; ask again", retry_after_s=1)
+            raise _handing_over()
 
     def _remember(self, message: Message) -> None:
         self._accepted[message.message_id] = message.account_id
@@ -727,6 +732,10 @@ async def _flush(ledger: Ledger) -> None:
     # What one account's ledger cannot write was told when it was tried; the drain goes on.
     with suppress(AccountVanished, StoreAway):
         await ledger.flush()
+
+
+def _handing_over() -> NotActive:
+    return NotActive("this instance is handing the lease over; ask again", retry_after_s=1)
 
 
 def _sending(message: Message) -> Message:

@@ -157,7 +157,7 @@ async def test_a_step_down_during_the_listing_refuses_those_who_wait_for_it(
         assert answers == [NotActive]
 
 
-async def test_nothing_is_accepted_while_the_term_is_being_settled(
+async def test_while_a_term_settles_messages_are_kept_for_the_next_holder_and_nothing_begins(
     autojump_clock: MockClock,
 ) -> None:
     async with open_lab() as lab:
@@ -169,7 +169,6 @@ async def test_nothing_is_accepted_while_the_term_is_being_settled(
         term = a.term
         a.instance.request_drain("SIGTERM")
         await trio.sleep(0.1)
-        assert a.instance.term is None
         for ask in (
             lambda: term.add_account(BEN, "Ben"),
             lambda: term.repair(ANN),
@@ -177,6 +176,23 @@ async def test_nothing_is_accepted_while_the_term_is_being_settled(
         ):
             with pytest.raises(NotActive, match="handing the lease over"):
                 await ask()
+        late = await a.send(ANN, "kept")
+        assert late.state is MessageState.QUEUED
+        await a.journal.wait_for("drain.settled")
+        assert a.instance.term is None
+        with pytest.raises(NotActive):
+            await term.accept(
+                message_id=MessageId("3EB0FF"),
+                account_id=ANN,
+                to="4915112345678",
+                text="too late",
+                idempotency_key=None,
+            )
+        await a.ended.wait()
+        assert [m.text for m in lab.whatsapp.inbox()] == ["in flight"]
+        b = await serving(lab.start(lab.make("b")))
+        assert (await b.term.wait_progress(late.message_id)).state is MessageState.SERVER_ACK
+        assert [m.text for m in lab.whatsapp.inbox()] == ["in flight", "kept"]
 
 
 # --- the end in good order
