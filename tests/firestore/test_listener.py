@@ -19,7 +19,7 @@ CPU_SHARE_MAX = 0.03
 LIVE_AGAIN_S_MAX = 5.0
 
 
-@pytest.mark.parametrize("away_s", [8.0, pytest.param(30.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("away_s", [3.0, pytest.param(30.0, marks=pytest.mark.long)])
 async def test_while_the_server_is_dead_the_listener_rests_and_then_is_live_again(
     own_emulator: Emulator, away_s: float
 ) -> None:

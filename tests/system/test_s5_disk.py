@@ -43,7 +43,7 @@ def _truncated(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("damage", [_garbage, _truncated])
+@pytest.mark.parametrize("damage", [_garbage, pytest.param(_truncated, marks=pytest.mark.long)])
 async def test_a_damaged_disk_copy_is_set_aside_and_the_shared_copy_wins(
     cluster: Cluster, damage: Callable[[Path], None]
 ) -> None:
@@ -107,6 +107,7 @@ async def _killed_before_replication(cluster: Cluster) -> tuple[Node, dict[str, 
     return node, accepted
 
 
+@pytest.mark.long
 async def test_a_newer_disk_copy_wins_and_is_pushed(cluster: Cluster) -> None:
     node, accepted = await _killed_before_replication(cluster)
     await cluster.restart(node, state="ACTIVE")
