@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from tests.system.cluster import Cluster, Node
 from tests.system.steps import (
@@ -103,6 +104,10 @@ async def _killed_before_replication(cluster: Cluster) -> tuple[Node, dict[str, 
     await cluster.add_paired(node, "ann", "ben")
     # Each acceptance takes along what was behind; the keys of the last message are not.
     accepted = await send_all(cluster, node, "ann", "one", "two", "three")
+    # A receipt may answer the last send before its keys are on the disk.
+    with trio.fail_after(10):
+        while len(lines_of(node, "of ann acknowledged by the server")) < len(accepted):
+            await trio.sleep(0.02)
     await node.kill()
     return node, accepted
 
