@@ -117,7 +117,6 @@ EVENTS: dict[str, EventKind] = {
     ),
     "account.created": _info("account {account_id} created"),
     "account.removed": _info("account {account_id} removed (purge: {purge})"),
-    "account.sealed": _debug("account {account_id} sealed under epoch {epoch}"),
     "account.refused_seal": _info("account {account_id} had changed since it was read; read again"),
     "account.pushed": _info(
         "account {account_id}: this disk's copy {version} was newer than the shared store's"

@@ -32,12 +32,6 @@ class StoreAway(Refusal):
     code = "store_unavailable"
 
 
-class InvalidRequest(Refusal):
-    """A field is wrong; the message names it."""
-
-    code = "invalid_request"
-
-
 class AccountNotFound(Refusal):
     """No store knows the account."""
 

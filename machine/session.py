@@ -45,7 +45,7 @@ from machine.records import (
     Message,
     MessageState,
 )
-from machine.refusals import Refusal, StoreAway
+from machine.refusals import StoreAway
 from machine.retry import Backoff
 from machine.views import AccountView, PairingCode, QrCode
 
@@ -696,6 +696,3 @@ def is_opened(account: Account) -> bool:
 def jitter_s(rng: random.Random, limits: Limits) -> float:
     """A small pause before an account is opened, so that accounts do not come in one instant."""
     return rng.uniform(0, limits.open_jitter_s)
-
-
-__all__ = ["REACTIONS", "Outcome", "Reaction", "Refusal", "Session", "Step", "is_opened"]

@@ -797,6 +797,3 @@ async def open_term(
             ports.journal.note("lease.lost", epoch=term.epoch, reason=term.lost_reason)
     if not begun:
         raise NotActive("the lease was lost before its term had begun", retry_after_s=1)
-
-
-__all__ = ["ConnectorDown", "EndAsked", "Term", "open_term"]
