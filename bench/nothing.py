@@ -1,7 +1,7 @@
 """The same API, whose sends do nothing: `python -m bench.nothing PORT`.
 
 Everything around the route is the product's (sockets, HTTP, token, validation, answer); only the
-term behind it is a stand-in that calls every message acknowledged at once.
+desk behind it is a stand-in that calls every message acknowledged at once.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from daemon.http.ports import ApiSettings
 from machine.outbox import make_message_id
 from machine.records import AccountId, Message, MessageId, MessageState
 from machine.states import State
-from tests.http.fakes import NOW, FakeInstance, FakeTerm, World
+from tests.http.fakes import NOW, FakeDesk, FakeInstance, World
 from tests.system.cluster import TOKEN
 
 
-class NothingTerm(FakeTerm):
+class NothingDesk(FakeDesk):
     """Accepts everything, keeps nothing."""
 
     async def accept(
@@ -51,7 +51,7 @@ async def serve(port: int) -> None:
     world = World()
     instance = FakeInstance(world)
     world.activate(instance)
-    instance.term = NothingTerm(world, 1)
+    instance.desk = NothingDesk(world, 1)
     instance.state = State.ACTIVE
     settings = ApiSettings(tokens=(TOKEN,), version="bench", bind=f"127.0.0.1:{port}")
     await serve_api(instance, settings, make_message_id=make_message_id)

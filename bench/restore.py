@@ -212,7 +212,7 @@ async def _watch(instance: Instance) -> Watched:
             term, began = instance.term, trio.current_time()
             nursery.start_soon(watch_loop, held_up)
             # Answered when every account is in memory.
-            await term.list_accounts()
+            await term.desk.list_accounts()
             known = trio.current_time()
             while "seal" not in term.restore_report.durations:
                 await trio.sleep(0.001)

@@ -287,7 +287,7 @@ def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
         return (status.remaining_s or 0.0) if status is not None else 0.0
 
     def depth() -> float:
-        return float(instance.term.outbox_depth) if instance.term is not None else 0.0
+        return float(instance.term.desk.outbox_depth) if instance.term is not None else 0.0
 
     watch = journal.metrics.watch
     journal.metrics.watch_labelled("accounts", "Accounts in memory.", "status", accounts)

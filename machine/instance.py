@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
+from machine.desk import Desk
 from machine.engine import Engine, Fired
 from machine.lease import (
     ACQUIRE_JITTER_S,
@@ -125,6 +126,12 @@ class Instance:
         if not begun or term is None or term.intake_closed or term.over:
             return None
         return term
+
+    @property
+    def desk(self) -> Desk | None:
+        """Where that term answers requests, or `None`."""
+        term = self.term
+        return None if term is None else term.desk
 
     @property
     def epoch(self) -> int:

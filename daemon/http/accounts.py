@@ -12,7 +12,7 @@ import segno
 from fastapi import APIRouter, Query, Request, Response
 
 from daemon.http.accept import choose_format
-from daemon.http.api import active_term, api_of, in_time, reply
+from daemon.http.api import active_desk, api_of, in_time, reply
 from daemon.http.documented import AT_HOLDER, WITH_BODY, errors, file_answer
 from daemon.http.errors import ErrorCode
 from daemon.http.models import (
@@ -49,9 +49,9 @@ async def list_accounts(request: Request) -> Response:
     """Every account. Without a holder in reach the store answers, each with `inMemory: false`."""
     api = api_of(request)
     with in_time(api.settings.answer_s):
-        term = api.instance.term
-        if term is not None:
-            return reply(accounts_json(await term.list_accounts()))
+        desk = api.instance.desk
+        if desk is not None:
+            return reply(accounts_json(await desk.list_accounts()))
         return reply(accounts_json(await api.instance.list_accounts(), in_memory=False))
 
 
@@ -65,7 +65,7 @@ async def add_account(request: Request, wanted: NewAccount) -> Response:
     """Add an account and begin its pairing: get its QR code, or a pairing code, next."""
     account_id = AccountId(wanted.account_id or f"account-{secrets.token_hex(4)}")
     with in_time(api_of(request).settings.answer_s):
-        view = await active_term(request).add_account(account_id, wanted.name)
+        view = await active_desk(request).add_account(account_id, wanted.name)
     return _one(view, 201)
 
 
@@ -73,7 +73,7 @@ async def add_account(request: Request, wanted: NewAccount) -> Response:
 async def get_account(request: Request, account_id: AccountIdPath) -> Response:
     """One account."""
     with in_time(api_of(request).settings.answer_s):
-        return _one(await active_term(request).account(AccountId(account_id)))
+        return _one(await active_desk(request).account(AccountId(account_id)))
 
 
 @router.get(
@@ -92,7 +92,7 @@ async def get_qr(
     """The QR code to scan now, by `Accept` or `?format=`: json, svg, png, or text for terminals."""
     name = choose_format(QR_FORMATS, request.headers.get("accept"), wanted)
     with in_time(api_of(request).settings.answer_s):
-        code = await active_term(request).qr(AccountId(account_id))
+        code = await active_desk(request).qr(AccountId(account_id))
     if name == "json":
         return reply({"success": True, "qr": code.qr, "expiresAt": moment(code.expires_at)})
     media_type = QR_FORMATS[name] + ("; charset=utf-8" if name == "text" else "")
@@ -109,7 +109,7 @@ async def request_pairing_code(
 ) -> Response:
     """A code to type on the phone, instead of scanning."""
     with in_time(api_of(request).settings.answer_s):
-        code = await active_term(request).pairing_code(AccountId(account_id), wanted.phone)
+        code = await active_desk(request).pairing_code(AccountId(account_id), wanted.phone)
     return reply({"success": True, "code": code.code, "expiresAt": moment(code.expires_at)})
 
 
@@ -126,7 +126,7 @@ async def request_pairing_code(
 )
 async def reconnect(request: Request, account_id: AccountIdPath) -> Response:
     """Close the account's connection, if any, and open it again now."""
-    return await _ask(request, active_term(request).reconnect, account_id)
+    return await _ask(request, active_desk(request).reconnect, account_id)
 
 
 @router.post(
@@ -137,7 +137,7 @@ async def reconnect(request: Request, account_id: AccountIdPath) -> Response:
 )
 async def log_out(request: Request, account_id: AccountIdPath) -> Response:
     """Unlink the device. The account stays listed; its state is archived."""
-    return await _ask(request, active_term(request).log_out, account_id)
+    return await _ask(request, active_desk(request).log_out, account_id)
 
 
 @router.post(
@@ -148,7 +148,7 @@ async def log_out(request: Request, account_id: AccountIdPath) -> Response:
 )
 async def repair(request: Request, account_id: AccountIdPath) -> Response:
     """Pair again under the same account id. The old state is archived, not destroyed."""
-    return await _ask(request, active_term(request).repair, account_id)
+    return await _ask(request, active_desk(request).repair, account_id)
 
 
 @router.delete("/{accountId}", status_code=204, responses=errors(*ONE_ACCOUNT))
@@ -159,7 +159,7 @@ async def remove_account(
 ) -> Response:
     """Take an account off the list."""
     with in_time(api_of(request).settings.answer_s):
-        await active_term(request).remove_account(AccountId(account_id), purge=purge)
+        await active_desk(request).remove_account(AccountId(account_id), purge=purge)
     return Response(status_code=204)
 
 

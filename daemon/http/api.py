@@ -19,10 +19,10 @@ from daemon.http.errors import ApiError, ErrorCode
 from daemon.http.peers import Peers
 from daemon.http.ports import (
     ApiSettings,
+    DeskPort,
     InstancePort,
     MakeMessageId,
     RenderMetrics,
-    TermPort,
 )
 from machine.refusals import NotActive
 
@@ -55,12 +55,12 @@ def inbound_of(request: Request) -> Inbound:
     return inbound
 
 
-def active_term(request: Request) -> TermPort:
-    """The term that serves this request. Raises `NotActive`."""
-    term = api_of(request).instance.term
-    if term is None:
+def active_desk(request: Request) -> DeskPort:
+    """Where the term answers this request. Raises `NotActive`."""
+    desk = api_of(request).instance.desk
+    if desk is None:
         raise NotActive("This instance does not hold the lease.")
-    return term
+    return desk
 
 
 @contextmanager

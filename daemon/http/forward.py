@@ -61,7 +61,7 @@ class Relay:
         """The holder's answer, from here or from there. Raises `ApiError`."""
         if inbound.forwarded_by is not None:
             return await self._answer_forwarded(inbound)
-        if self._instance.term is not None:
+        if self._instance.desk is not None:
             answer = await self._answer_here(inbound)
             if answer is not None:
                 return answer
@@ -78,7 +78,7 @@ class Relay:
         answer = None
         # Another instance, or another group, may by now listen where the holder did: then the
         # name of the incarnation does not fit, and nothing is done in its place.
-        if mine and self._instance.term is not None:
+        if mine and self._instance.desk is not None:
             answer = await self._answer_here(inbound)
         if answer is None:
             raise ApiError(ErrorCode.NOT_ACTIVE, "This instance is not the holder (any more).")
@@ -122,11 +122,11 @@ class Relay:
         return holder is None or is_me(holder, self._instance.identity)
 
     def _seen(self) -> tuple[object, ...]:
-        term = self._instance.term
-        return (None if term is None else term.epoch, self._instance.holder)
+        desk = self._instance.desk
+        return (None if desk is None else desk.epoch, self._instance.holder)
 
     async def _try_once(self, inbound: Inbound) -> Answer | Outcome:
-        if self._instance.term is not None:
+        if self._instance.desk is not None:
             return await self._answer_here(inbound) or NOT_STARTED
         holder = self._instance.holder
         if holder is None or self._alone():
@@ -166,7 +166,7 @@ class Relay:
         while True:
             await self._instance.wait_changed()
             now = self._instance.holder
-            if self._instance.term is not None or (now is not None and now != holder):
+            if self._instance.desk is not None or (now is not None and now != holder):
                 scope.cancel()
 
 

@@ -7,11 +7,11 @@ from typing import Annotated
 import trio
 from fastapi import APIRouter, Header, Request, Response
 
-from daemon.http.api import Api, active_term, api_of, in_time, inbound_of, reply
+from daemon.http.api import Api, active_desk, api_of, in_time, inbound_of, reply
 from daemon.http.documented import AT_HOLDER, WITH_BODY, errors
 from daemon.http.errors import ApiError, ErrorCode
 from daemon.http.models import MessageAnswer, MessageIdPath, SendRequest, SentAnswer
-from daemon.http.ports import TermPort
+from daemon.http.ports import DeskPort
 from daemon.http.shapes import message_json, sent_json
 from machine.ports import StoreUnavailable
 from machine.records import PENDING_STATES, AccountId, Message, MessageId, MessageState
@@ -62,17 +62,17 @@ async def send_message(
     at `GET /api/whatsapp/messages/{messageId}`.
     """
     api = api_of(request)
-    term = active_term(request)
+    desk = active_desk(request)
     account_id = AccountId(wanted.account_id)
     with in_time(api.settings.answer_s):
-        accepted = await term.accept(
+        accepted = await desk.accept(
             message_id=_message_id(api, request, account_id, idempotency_key),
             account_id=account_id,
             to=wanted.to,
             text=wanted.message,
             idempotency_key=idempotency_key,
         )
-    return _sent(await _follow(api, term, accepted))
+    return _sent(await _follow(api, desk, accepted))
 
 
 @router.get(
@@ -83,7 +83,7 @@ async def send_message(
 async def get_message(request: Request, message_id: MessageIdPath) -> Response:
     """How far a message has come. Its text is not repeated."""
     with in_time(api_of(request).settings.answer_s):
-        return reply(message_json(await active_term(request).message(MessageId(message_id))))
+        return reply(message_json(await active_desk(request).message(MessageId(message_id))))
 
 
 def _message_id(
@@ -95,7 +95,7 @@ def _message_id(
     return made or api.make_message_id(account_id, None, api.rng)
 
 
-async def _follow(api: Api, term: TermPort, accepted: Message) -> Message:
+async def _follow(api: Api, desk: DeskPort, accepted: Message) -> Message:
     """Wait up to `send_wait_s` for the message to leave; then the newest that is known of it.
 
     It is durable already, so nothing that goes wrong here makes the answer an error.
@@ -105,9 +105,9 @@ async def _follow(api: Api, term: TermPort, accepted: Message) -> Message:
     newest = accepted
     try:
         with trio.move_on_after(api.settings.send_wait_s):
-            return await term.wait_progress(accepted.message_id)
+            return await desk.wait_progress(accepted.message_id)
         with trio.move_on_after(LOOK_S):
-            newest = await term.message(accepted.message_id)
+            newest = await desk.message(accepted.message_id)
     except (Refusal, StoreUnavailable):
         # The term is over, or the store is away: the next holder goes on with the message.
         return newest

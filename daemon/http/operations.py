@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from daemon.http.api import active_term, api_of, in_time, reply
+from daemon.http.api import active_desk, api_of, in_time, reply
 from daemon.http.documented import AT_HOLDER, WITH_BODY, errors
 from daemon.http.errors import ErrorCode
 from daemon.http.models import (
@@ -37,7 +37,7 @@ async def step_down(request: Request, wanted: StepDownRequest) -> Response:
     Refused when nobody stands by, unless `force` is true: then nobody may be ACTIVE for a while.
     """
     api = api_of(request)
-    active_term(request)
+    active_desk(request)
     if not wanted.force:
         _require_standby(api.peers, wanted.handoff_to)
     api.instance.request_step_down(wanted.reason, handoff_to=wanted.handoff_to)
@@ -64,7 +64,7 @@ async def drain(request: Request, wanted: DrainRequest) -> Response:
 async def import_accounts(request: Request, wanted: ImportRequest) -> Response:
     """Import Baileys session directories that lie on the holder's host. The originals stay."""
     with in_time(api_of(request).settings.import_s):
-        report = await active_term(request).import_accounts(wanted.directory)
+        report = await active_desk(request).import_accounts(wanted.directory)
     return reply({"success": True, "report": dict(report)})
 
 
@@ -76,7 +76,7 @@ async def import_accounts(request: Request, wanted: ImportRequest) -> Response:
 async def hello(request: Request, said: Hello) -> Response:
     """Between instances: a standby tells the holder that it is there, and learns of the others."""
     api = api_of(request)
-    active_term(request)
+    active_desk(request)
     api.peers.see(
         name=said.id,
         incarnation=said.incarnation,

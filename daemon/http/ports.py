@@ -1,6 +1,6 @@
 """What the HTTP layer asks of the rest of the daemon, and what the composition root tells it.
 
-Never lives here: behaviour. `machine.instance.Instance` and `machine.term.Term` fit these by shape.
+Never lives here: behaviour. `machine.instance.Instance` and `machine.desk.Desk` fit these by shape.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from machine.states import State
 from machine.views import AccountView, Holder, LeaseStatus, PairingCode, QrCode, RestoreReport
 
 
-class TermPort(Protocol):
-    """What exists only while ACTIVE. Every method raises `NotActive` the moment the term ends,
+class DeskPort(Protocol):
+    """What a term answers. Every method raises `NotActive` the moment the term ends,
     and then nothing was accepted; `StoreAway` when it is not known."""
 
     @property
@@ -86,7 +86,7 @@ class InstancePort(Protocol):
     def lease_status(self) -> LeaseStatus | None: ...
 
     @property
-    def term(self) -> TermPort | None: ...
+    def desk(self) -> DeskPort | None: ...
 
     @property
     def restore_report(self) -> RestoreReport | None: ...

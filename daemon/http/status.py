@@ -57,7 +57,7 @@ async def get_dashboard(request: Request) -> Response:
     """This instance, the lease as it sees it, the last restore, the accounts, the peers."""
     api = api_of(request)
     instance = api.instance
-    term = instance.term
+    desk = instance.desk
     accounts, source = await _accounts(api, inbound_of(request))
     depth = sum(cast(int, account["queued"]) for account in accounts)
     return reply(
@@ -68,14 +68,14 @@ async def get_dashboard(request: Request) -> Response:
                 "state": instance.state.value,
                 "since": moment(instance.since),
                 "version": api.settings.version,
-                "epoch": None if term is None else term.epoch,
+                "epoch": None if desk is None else desk.epoch,
                 "address": instance.identity.address,
             },
             "lease": lease_json(instance.lease_status),
             "restore": restore_json(instance.restore_report),
             "accounts": accounts,
             "accountsFrom": source,
-            "outbox": {"depth": _depth(source, None if term is None else term.outbox_depth, depth)},
+            "outbox": {"depth": _depth(source, None if desk is None else desk.outbox_depth, depth)},
             "peers": [peer_seen_json(peer) for peer in api.peers.known()],
         }
     )
@@ -174,8 +174,8 @@ async def _accounts(api: Api, inbound: Inbound) -> tuple[list[Json], str]:
     instance = api.instance
     with trio.move_on_after(api.settings.status_wait_s):
         try:
-            if instance.term is not None:
-                return _listed(accounts_json(await instance.term.list_accounts())), "memory"
+            if instance.desk is not None:
+                return _listed(accounts_json(await instance.desk.list_accounts())), "memory"
         except Refusal:
             pass  # The term has just ended: somebody else knows now.
         asked = await api.ask_holder(_listing_for(inbound))

@@ -85,15 +85,15 @@ class World:
         """Give the lease to `chosen`, or to nobody."""
         self.epoch += 1
         for instance in self.instances:
-            if instance.term is not None and instance is not chosen:
-                instance.term.end()
-                instance.term = None
+            if instance.desk is not None and instance is not chosen:
+                instance.desk.end()
+                instance.desk = None
                 instance.state = State.PASSIVE
         holder = None
         if chosen is not None:
             who = chosen.identity
             holder = Holder(who.name, who.incarnation, who.address, self.epoch)
-            chosen.term = FakeTerm(self, self.epoch)
+            chosen.desk = FakeDesk(self, self.epoch)
             chosen.state = State.ACTIVE
         for instance in self.instances:
             instance.holder = holder
@@ -104,7 +104,7 @@ class World:
             self.accounts[account.account_id] = account
 
 
-class FakeTerm:
+class FakeDesk:
     """Acks at once, unless `acks` is cleared. `refusal`, once set, is what every call raises."""
 
     def __init__(self, world: World, epoch: int) -> None:
@@ -258,7 +258,7 @@ class FakeInstance:
         self.transitions: list[Transition] = []
         self.holder: Holder | None = None
         self.lease_status: LeaseStatus | None = None
-        self.term: FakeTerm | None = None
+        self.desk: FakeDesk | None = None
         self.restore_report: RestoreReport | None = None
         self.alive = True
         self.drains: list[str] = []

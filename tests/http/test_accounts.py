@@ -7,7 +7,7 @@ import pytest
 from machine.records import AccountStatus
 from machine.refusals import AccountBanned, AccountNotPaired, AccountQuarantined, NotAwaitingScan
 from tests.http.asking import Asking, asked_in_process
-from tests.http.fakes import FakeInstance, FakeTerm, World, an_account, settings
+from tests.http.fakes import FakeDesk, FakeInstance, World, an_account, settings
 
 ACCOUNTS = "/api/whatsapp/accounts"
 
@@ -27,9 +27,9 @@ def instance(world: World) -> FakeInstance:
 
 
 @pytest.fixture
-def term(instance: FakeInstance) -> FakeTerm:
-    assert instance.term is not None
-    return instance.term
+def desk(instance: FakeInstance) -> FakeDesk:
+    assert instance.desk is not None
+    return instance.desk
 
 
 @pytest.fixture
@@ -154,54 +154,54 @@ async def test_qr_by_query_and_formats_not_offered(api: Asking) -> None:
         assert "image/png (?format=png)" in refused.json()["message"]
 
 
-async def test_no_qr_for_a_paired_account(api: Asking, term: FakeTerm) -> None:
-    term.refusal = NotAwaitingScan("support is paired")
+async def test_no_qr_for_a_paired_account(api: Asking, desk: FakeDesk) -> None:
+    desk.refusal = NotAwaitingScan("support is paired")
     answer = await api.get(f"{ACCOUNTS}/support/qr")
     assert (answer.status_code, answer.json()["error"]) == (409, "not_awaiting_scan")
 
 
-async def test_pairing_code_normalises_the_phone(api: Asking, term: FakeTerm) -> None:
+async def test_pairing_code_normalises_the_phone(api: Asking, desk: FakeDesk) -> None:
     answer = await api.post(f"{ACCOUNTS}/billing/pairing-code", {"phone": "+49 (151) 234-567"})
     assert answer.json() == {
         "success": True,
         "code": "ABCD1234",
         "expiresAt": "2025-01-31T12:01:00.000Z",
     }
-    assert term.asked_phone == "49151234567"
+    assert desk.asked_phone == "49151234567"
 
 
 @pytest.mark.parametrize(
     ("verb", "call"), [("reconnect", "reconnect"), ("logout", "log_out"), ("repair", "repair")]
 )
-async def test_verbs_of_an_account(api: Asking, term: FakeTerm, verb: str, call: str) -> None:
+async def test_verbs_of_an_account(api: Asking, desk: FakeDesk, verb: str, call: str) -> None:
     answer = await api.post(f"{ACCOUNTS}/support/{verb}")
     assert answer.status_code == 202
-    assert term.calls == [call]
+    assert desk.calls == [call]
     assert (await api.post(f"{ACCOUNTS}/nobody/{verb}")).json()["error"] == "account_not_found"
 
 
 @pytest.mark.parametrize("kind", [AccountNotPaired, AccountQuarantined, AccountBanned])
-async def test_reconnect_tells_why_not(api: Asking, term: FakeTerm, kind: type[Exception]) -> None:
-    term.refusal = kind("because")
+async def test_reconnect_tells_why_not(api: Asking, desk: FakeDesk, kind: type[Exception]) -> None:
+    desk.refusal = kind("because")
     answer = await api.post(f"{ACCOUNTS}/support/reconnect")
     assert answer.status_code == 409
     assert answer.json()["message"] == "because"
 
 
-async def test_removed_account_is_archived_unless_purged(api: Asking, term: FakeTerm) -> None:
+async def test_removed_account_is_archived_unless_purged(api: Asking, desk: FakeDesk) -> None:
     answer = await api.client.delete(f"{ACCOUNTS}/support")
     assert (answer.status_code, answer.content) == (204, b"")
     await api.client.delete(f"{ACCOUNTS}/billing?purge=true")
-    assert term.purges == [False, True]
+    assert desk.purges == [False, True]
     assert (await api.client.delete(f"{ACCOUNTS}/support")).status_code == 404
     wrong = await api.client.delete(f"{ACCOUNTS}/support?purge=maybe")
     assert wrong.json()["message"].startswith("purge: ")
 
 
 async def test_machine_that_does_not_answer_is_a_store_unavailable(
-    instance: FakeInstance, term: FakeTerm, autojump_clock: object
+    instance: FakeInstance, desk: FakeDesk, autojump_clock: object
 ) -> None:
-    term.hangs = True
+    desk.hangs = True
     async with asked_in_process(instance, settings(answer_s=3)) as api:
         answer = await api.get(f"{ACCOUNTS}/support")
     assert (answer.status_code, answer.json()["error"]) == (503, "store_unavailable")

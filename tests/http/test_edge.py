@@ -114,9 +114,9 @@ async def test_token_is_in_no_repr_no_log_and_no_note(
     given = settings()
     assert TOKEN not in repr(given)
     async with asked_in_process(instance, given) as api:
-        assert instance.term is not None
+        assert instance.desk is not None
         await api.send()
-        instance.term.refusal = RuntimeError(f"holds {TOKEN}")
+        instance.desk.refusal = RuntimeError(f"holds {TOKEN}")
         answer = await api.send()
         assert answer.json()["error"] == "internal_error"
         await api.get(f"/api/status/dashboard?token={TOKEN}")
@@ -212,8 +212,8 @@ async def test_slow_body_is_408(instance: FakeInstance, autojump_clock: object) 
 async def test_bug_is_a_500_with_its_request_id_and_a_note(
     api: Asking, instance: FakeInstance
 ) -> None:
-    assert instance.term is not None
-    instance.term.refusal = ZeroDivisionError("secret detail")
+    assert instance.desk is not None
+    instance.desk.refusal = ZeroDivisionError("secret detail")
     for path in ("/api/whatsapp/accounts", "/api/status/dashboard"):
         answer = await api.get(path)
         assert (answer.status_code, answer.json()["error"]) == (500, "internal_error")

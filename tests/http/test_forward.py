@@ -63,7 +63,7 @@ async def test_standby_forwards_and_says_who_answered() -> None:
 async def test_answers_come_through_unchanged() -> None:
     async with group("a", "b") as (world, (a, _), (a_api, b_api)):
         world.activate(a)
-        assert a.term is not None
+        assert a.desk is not None
         async with talking_to(a_api.url) as direct, talking_to(b_api.url) as forwarded:
             for path in (
                 "/api/whatsapp/accounts",
@@ -78,7 +78,7 @@ async def test_answers_come_through_unchanged() -> None:
                     assert one.content == other.content
             deleted = await forwarded.delete("/api/whatsapp/accounts/support")
             assert (deleted.status_code, deleted.content) == (204, b"")
-            a.term.refusal = OutboxFull("wait a little", retry_after_s=9)
+            a.desk.refusal = OutboxFull("wait a little", retry_after_s=9)
             refused = await send(forwarded)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "9")
             assert refused.json()["requestId"] == refused.headers["x-request-id"]
@@ -185,8 +185,8 @@ async def test_wrong_token_is_refused_before_it_is_forwarded() -> None:
         world.activate(a)
         client.headers["authorization"] = "Bearer not-the-token"
         assert (await send(client)).status_code == 401
-        assert a.term is not None
-        assert a.term.calls == []
+        assert a.desk is not None
+        assert a.desk.calls == []
 
 
 async def test_standby_shows_the_holders_accounts_and_peers() -> None:

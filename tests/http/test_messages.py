@@ -17,7 +17,7 @@ from machine.refusals import (
     StoreAway,
 )
 from tests.http.asking import Asking, asked_in_process
-from tests.http.fakes import FakeInstance, FakeTerm, World, an_account, settings
+from tests.http.fakes import FakeDesk, FakeInstance, World, an_account, settings
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def instance(world: World) -> FakeInstance:
 
 
 @pytest.fixture
-def term(instance: FakeInstance) -> FakeTerm:
-    assert instance.term is not None
-    return instance.term
+def desk(instance: FakeInstance) -> FakeDesk:
+    assert instance.desk is not None
+    return instance.desk
 
 
 @pytest.fixture
@@ -55,17 +55,17 @@ async def test_send_answers_200_once_the_server_has_it(api: Asking, world: World
 
 
 async def test_send_says_server_ack_also_when_a_receipt_came_in_first(
-    api: Asking, term: FakeTerm
+    api: Asking, desk: FakeDesk
 ) -> None:
-    term.ends_as = MessageState.DELIVERED
+    desk.ends_as = MessageState.DELIVERED
     answer = await api.send()
     assert (answer.status_code, answer.json()["status"]) == (200, "server_ack")
 
 
 async def test_send_answers_202_while_it_is_only_durable(
-    instance: FakeInstance, term: FakeTerm, autojump_clock: object
+    instance: FakeInstance, desk: FakeDesk, autojump_clock: object
 ) -> None:
-    term.acks = False
+    desk.acks = False
     async with asked_in_process(instance, settings(send_wait_s=5.0)) as api:
         before = trio.current_time()
         answer = await api.send()
@@ -74,9 +74,9 @@ async def test_send_answers_202_while_it_is_only_durable(
 
 
 async def test_send_stays_202_when_the_term_ends_after_it_was_accepted(
-    world: World, instance: FakeInstance, term: FakeTerm, autojump_clock: object
+    world: World, instance: FakeInstance, desk: FakeDesk, autojump_clock: object
 ) -> None:
-    term.acks = False
+    desk.acks = False
     async with (
         asked_in_process(instance, settings(send_wait_s=5.0)) as api,
         trio.open_nursery() as nursery,
@@ -97,9 +97,9 @@ async def test_send_stays_202_when_the_term_ends_after_it_was_accepted(
     [("not_on_whatsapp", "not_on_whatsapp"), ("463: account restricted", "message_failed")],
 )
 async def test_failed_message_is_a_422_with_its_reason(
-    api: Asking, term: FakeTerm, reason: str, code: str
+    api: Asking, desk: FakeDesk, reason: str, code: str
 ) -> None:
-    term.ends_as, term.failure = MessageState.FAILED, reason
+    desk.ends_as, desk.failure = MessageState.FAILED, reason
     answer = await api.send()
     assert (answer.status_code, answer.json()["error"]) == (422, code)
     assert reason in answer.json()["message"]
@@ -118,9 +118,9 @@ async def test_failed_message_is_a_422_with_its_reason(
     ],
 )
 async def test_refused_send_has_its_code_and_sentence(
-    api: Asking, term: FakeTerm, kind: type[Refusal], status: int
+    api: Asking, desk: FakeDesk, kind: type[Refusal], status: int
 ) -> None:
-    term.refusal = kind("because of this", retry_after_s=6.2)
+    desk.refusal = kind("because of this", retry_after_s=6.2)
     answer = await api.send()
     assert (answer.status_code, answer.json()["error"]) == (status, kind.code)
     assert answer.json()["message"] == "because of this"
@@ -166,13 +166,13 @@ async def test_recipient_is_normalised(api: Asking, world: World, to: str, digit
     ],
 )
 async def test_wrong_field_is_named_and_never_repeated(
-    api: Asking, term: FakeTerm, changes: dict[str, object], field: str
+    api: Asking, desk: FakeDesk, changes: dict[str, object], field: str
 ) -> None:
     answer = await api.send(**changes)
     assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
     assert answer.json()["message"].startswith(f"{field}: ")
     assert "what is this" not in answer.text
-    assert term.calls == []
+    assert desk.calls == []
 
 
 async def test_longest_text_is_accepted(api: Asking, world: World) -> None:
@@ -191,12 +191,12 @@ async def test_same_key_and_body_is_the_same_message(api: Asking, world: World) 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, b"\xff\xfe"])
 async def test_unusable_idempotency_key_is_refused(
-    api: Asking, term: FakeTerm, key: str | bytes
+    api: Asking, desk: FakeDesk, key: str | bytes
 ) -> None:
     answer = await api.send(headers={"idempotency-key": key})
     assert answer.status_code == 400
     assert answer.json()["message"].startswith("Idempotency-Key: ")
-    assert term.calls == []
+    assert desk.calls == []
 
 
 async def test_internal_headers_of_an_outsider_count_for_nothing(api: Asking, world: World) -> None:

@@ -7,10 +7,10 @@ import pytest
 
 from daemon.http.auth import OPEN_PATHS
 from daemon.http.errors import ErrorCode
-from daemon.http.ports import InstancePort, MakeMessageId, TermPort
+from daemon.http.ports import DeskPort, InstancePort, MakeMessageId
+from machine.desk import Desk
 from machine.instance import Instance
 from machine.outbox import make_message_id
-from machine.term import Term
 from tests.http.asking import the_document
 from tests.http.documented import Document
 
@@ -128,10 +128,10 @@ def test_the_machine_fits_what_the_api_asks_of_it() -> None:
     def instance(real: Instance) -> InstancePort:
         return real
 
-    def term(real: Term) -> TermPort:
+    def desk(real: Desk) -> DeskPort:
         return real
 
     make: MakeMessageId = make_message_id
     assert callable(make)
     assert callable(instance)
-    assert callable(term)
+    assert callable(desk)

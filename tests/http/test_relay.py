@@ -61,10 +61,10 @@ class Stage:
         await trio.lowlevel.checkpoint()
         self.local_calls += 1
         inbound: Inbound = scope["watchkeeper"]
-        term = self.a.term
-        over = term is None or term.over.is_set()
+        desk = self.a.desk
+        over = desk is None or desk.over.is_set()
         listing = inbound.method == "GET" and inbound.path == "/api/whatsapp/accounts"
-        inbound.not_active = over and not (listing and term is None)
+        inbound.not_active = over and not (listing and desk is None)
         body = OVER if inbound.not_active else HERE
         start: MutableMapping[str, Any] = {"type": "http.response.start", "status": 200}
         await send(start)
@@ -152,7 +152,7 @@ async def test_own_name_in_the_lease_is_waited_for_not_asked(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.world.activate(stage.a)
-    stage.a.term = None  # the lease is ours, the term does not serve yet
+    stage.a.desk = None  # the lease is ours, the term does not serve yet
     stage.a.state = State.PASSIVE
     assert await refusal(stage.relay(), asking()) is ErrorCode.NO_ACTIVE_INSTANCE
     assert stage.link.asked == []
@@ -173,8 +173,8 @@ async def test_term_that_ends_midway_passes_the_request_on(
     stage: Stage, autojump_clock: MockClock
 ) -> None:
     stage.world.activate(stage.a)
-    assert stage.a.term is not None
-    stage.a.term.end()  # still shown, but over: its methods raise NotActive
+    assert stage.a.desk is not None
+    stage.a.desk.end()  # still shown, but over: its methods raise NotActive
     async with trio.open_nursery() as nursery:
 
         async def take_over() -> None:

@@ -400,8 +400,8 @@ async def test_bug_in_the_application_ends_its_own_request_only() -> None:
 
 async def test_cancelled_api_finishes_requests_and_frees_its_port(instance: FakeInstance) -> None:
     instance.world.activate(instance)
-    assert instance.term is not None
-    instance.term.acks = False
+    assert instance.desk is not None
+    instance.desk.acks = False
     given = settings(send_wait_s=0.5, stop_s=3)
     listening = bind_http("127.0.0.1:0")
     serve = partial(
@@ -421,7 +421,7 @@ async def test_cancelled_api_finishes_requests_and_frees_its_port(instance: Fake
         assert await nursery.start(serve) == listening.address
         callers.start_soon(send_one)
         with trio.fail_after(3):
-            while "accept" not in instance.term.calls:
+            while "accept" not in instance.desk.calls:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     assert statuses == [202]

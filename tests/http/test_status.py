@@ -86,8 +86,8 @@ async def test_dashboard_answers_although_the_term_hangs(
     world: World, instance: FakeInstance, autojump_clock: object
 ) -> None:
     world.activate(instance)
-    assert instance.term is not None
-    instance.term.hangs = True
+    assert instance.desk is not None
+    instance.desk.hangs = True
     async with asked_in_process(instance) as api:
         shown = (await api.get("/api/status/dashboard")).json()
     assert shown["accountsFrom"] == "store"

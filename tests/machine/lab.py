@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from machine.desk import Desk
 from machine.instance import Instance
 from machine.lease import LeaseTiming
 from machine.legacy import new_account
@@ -92,6 +93,10 @@ class Host:
         assert term is not None
         return term
 
+    @property
+    def desk(self) -> Desk:
+        return self.term.desk
+
     async def wait(self, state: State) -> None:
         while self.instance.state is not state:
             await self.instance.wait_changed()
@@ -102,7 +107,7 @@ class Host:
         return self.instance.term
 
     async def send(self, account_id: AccountId, text: str, *, key: str | None = None) -> Message:
-        return await self.term.accept(
+        return await self.desk.accept(
             message_id=make_message_id(account_id, key, random.Random(text)),
             account_id=account_id,
             to="4915112345678",

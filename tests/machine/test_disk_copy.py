@@ -47,7 +47,7 @@ async def test_an_older_disk_copy_never_gets_a_newer_version_without_its_parts(
         assert_not_torn(lab, host)
         for text in ("one", "two"):
             message = await host.send(ANN, text)
-            await host.term.wait_progress(message.message_id)
+            await host.desk.wait_progress(message.message_id)
             await wait_all_tasks_blocked()
             assert_not_torn(lab, host)
         assert host.local.copies[ANN].version.epoch == 1
@@ -61,7 +61,7 @@ async def test_a_disk_that_missed_a_commit_gets_the_whole_copy_with_the_next(
         for operation, text in (("apply", "missed"), ("save_account", "too"), ("", "kept")):
             host.local.fail_next(operation)
             message = await host.send(ANN, text)
-            await host.term.wait_progress(message.message_id)
+            await host.desk.wait_progress(message.message_id)
             await wait_all_tasks_blocked()
             assert_not_torn(lab, host)
         assert host.local.copies[ANN].version == lab.state.accounts[ANN].version

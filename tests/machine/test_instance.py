@@ -21,14 +21,14 @@ async def test_a_new_instance_becomes_active_and_every_account_is_back(
         await lab.add_accounts(ANN, BEN)
         a = lab.start(lab.make("a"))
         await a.journal.wait_for("restore.finished")
-        views = await a.term.list_accounts()
+        views = await a.desk.list_accounts()
         assert [(v.account.account_id, v.account.status, v.in_memory) for v in views] == [
             (ANN, AccountStatus.CONNECTED, True),
             (BEN, AccountStatus.CONNECTED, True),
         ]
         message = await a.send(ANN, "hello")
         assert message.state is MessageState.SENDING
-        done = await a.term.wait_progress(message.message_id)
+        done = await a.desk.wait_progress(message.message_id)
         assert done.state is MessageState.SERVER_ACK
         assert [m.text for m in lab.whatsapp.inbox()] == ["hello"]
 
@@ -55,4 +55,4 @@ async def test_drain_hands_over_to_the_standby_which_restores_all(
         assert report is not None
         assert (report.total, report.restored, report.failures) == (2, 2, ())
         message = await b.send(BEN, "after the handoff")
-        assert (await b.term.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
+        assert (await b.desk.wait_progress(message.message_id)).state is MessageState.SERVER_ACK

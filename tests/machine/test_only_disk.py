@@ -27,12 +27,12 @@ async def test_an_account_that_only_this_disk_has_is_written_to_the_shared_store
             a.store.apply_then_fail("create_account")
         lab.start(a)
         await a.journal.wait_for("session.connected")
-        (view,) = await a.term.list_accounts()
+        (view,) = await a.desk.list_accounts()
         assert view.account.status is AccountStatus.CONNECTED
         stored = lab.state.fetch_account(ANN)
         assert stored is not None
         assert (stored.version.epoch, stored.version.revision >= 7) == (1, True)
         assert set(stored.parts) == set(lab.copy(ANN, Version(0, 7)).parts)
         message = await a.send(ANN, "still here")
-        assert (await a.term.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
+        assert (await a.desk.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
         await trio.sleep(1)

@@ -197,7 +197,7 @@ async def test_the_same_key_and_body_are_one_message(autojump_clock: MockClock) 
         await lab.add_accounts(ANN)
         a = await serving(lab.start(lab.make("a")))
         first = await a.send(ANN, "hello", key="k")
-        done = await a.term.wait_progress(first.message_id)
+        done = await a.desk.wait_progress(first.message_id)
         again = await a.send(ANN, "hello", key="k")
         assert again == done
         with pytest.raises(IdempotencyKeyReused):
@@ -235,7 +235,7 @@ async def test_the_same_key_twice_at_once_is_one_message(
             assert answers == ["hello", "hello"]
         else:
             assert sorted(answers) == sorted(["reused", sent.text])
-        assert a.term.outbox_depth == 0
+        assert a.desk.outbox_depth == 0
 
 
 async def test_the_same_key_is_known_at_another_instance_after_a_failover(
@@ -245,7 +245,7 @@ async def test_the_same_key_is_known_at_another_instance_after_a_failover(
         await lab.add_accounts(ANN)
         a = await serving(lab.start(lab.make("a")))
         first = await a.send(ANN, "hello", key="k")
-        await a.term.wait_progress(first.message_id)
+        await a.desk.wait_progress(first.message_id)
         a.store.partitioned = True
         b = await serving(lab.start(lab.make("b")))
         again = await b.send(ANN, "hello", key="k")
@@ -253,7 +253,7 @@ async def test_the_same_key_is_known_at_another_instance_after_a_failover(
         assert again.state is MessageState.SERVER_ACK
         with pytest.raises(IdempotencyKeyReused):
             await b.send(ANN, "something else", key="k")
-        assert b.term.outbox_depth == 0
+        assert b.desk.outbox_depth == 0
         assert len(lab.whatsapp.raw) == 1
 
 
@@ -273,7 +273,7 @@ async def test_a_full_outbox_refuses_and_has_room_again_when_it_drains(
         # What was accepted before is answered, not refused.
         assert (await a.send(ANN, "m1", key="k1")).message_id == kept[1].message_id
         for one in kept:
-            await a.term.wait_progress(one.message_id)
+            await a.desk.wait_progress(one.message_id)
         await a.send(ANN, "room again")
 
 
@@ -293,7 +293,7 @@ async def test_a_caller_who_leaves_does_not_take_the_message_along(
             await a.send(ANN, "no place")
         await trio.sleep(5)
         assert [one.text for one in lab.whatsapp.inbox()] == ["left alone"]
-        assert a.term.outbox_depth == 0
+        assert a.desk.outbox_depth == 0
         await a.send(ANN, "a place again")
 
 
@@ -306,7 +306,7 @@ async def test_a_message_that_was_not_written_leaves_its_place(
         del lab.state.accounts[ANN]
         with pytest.raises(Exception, match="not in the shared store"):
             await a.send(ANN, "nowhere to write")
-        assert a.term.outbox_depth == 0
+        assert a.desk.outbox_depth == 0
 
 
 async def test_a_message_is_found_in_memory_and_in_the_store_and_unknown_ones_are_not(
@@ -318,14 +318,14 @@ async def test_a_message_is_found_in_memory_and_in_the_store_and_unknown_ones_ar
         a = await serving(lab.start(lab.make("a", limits=limits)))
         sent = [await a.send(ANN, f"m{n}", key=f"k{n}") for n in range(3)]
         for one in sent:
-            await a.term.wait_progress(one.message_id)
+            await a.desk.wait_progress(one.message_id)
         reads = a.store.calls.get("fetch_message", 0)
-        assert (await a.term.message(sent[2].message_id)).state is MessageState.SERVER_ACK
+        assert (await a.desk.message(sent[2].message_id)).state is MessageState.SERVER_ACK
         assert a.store.calls.get("fetch_message", 0) == reads
-        assert (await a.term.message(sent[0].message_id)).state is MessageState.SERVER_ACK
-        assert (await a.term.wait_progress(sent[0].message_id)).state is MessageState.SERVER_ACK
+        assert (await a.desk.message(sent[0].message_id)).state is MessageState.SERVER_ACK
+        assert (await a.desk.wait_progress(sent[0].message_id)).state is MessageState.SERVER_ACK
         with pytest.raises(MessageNotFound):
-            await a.term.message(MessageId("unknown"))
+            await a.desk.message(MessageId("unknown"))
 
 
 async def test_settled_messages_over_their_retention_are_deleted_and_pending_ones_never(
@@ -337,7 +337,7 @@ async def test_settled_messages_over_their_retention_are_deleted_and_pending_one
         lab.whatsapp.script(BEN).refuse_login.append(ConnectionClosed(402, expire_s=5000))
         a = await serving(lab.start(lab.make("a", limits=limits)))
         old = await a.send(ANN, "old")
-        await a.term.wait_progress(old.message_id)
+        await a.desk.wait_progress(old.message_id)
         pending = await a.send(BEN, "still waiting")
         await trio.sleep(1400)
         recent = await a.send(ANN, "recent")

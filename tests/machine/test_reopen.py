@@ -26,11 +26,11 @@ async def test_a_reopened_account_has_the_keys_of_an_ack_that_was_still_being_st
         while not lab.whatsapp.raw:
             await trio.sleep(0.01)
         lab.whatsapp.cut(ANN)
-        done = await host.term.wait_progress(message.message_id)
+        done = await host.desk.wait_progress(message.message_id)
         assert done.state is MessageState.SERVER_ACK
         await host.journal.wait_for("session.connected", 2)
         again = await host.send(ANN, "with the next key")
-        await host.term.wait_progress(again.message_id)
+        await host.desk.wait_progress(again.message_id)
         # Once each on the wire: the first was not sent again under a session of its own.
         assert [one.message_id for one in lab.whatsapp.raw] == [
             message.message_id,

@@ -47,7 +47,7 @@ def report(host: Host) -> RestoreReport:
 
 
 async def status(host: Host, account_id: AccountId) -> AccountStatus:
-    return (await host.term.account(account_id)).account.status
+    return (await host.desk.account(account_id)).account.status
 
 
 async def restored(host: Host, lab: Lab) -> Host:
@@ -114,7 +114,7 @@ async def test_without_the_shared_listing_the_disk_counts(autojump_clock: MockCl
         assert "no permission to list" in source.cause
         # An account that is not in memory may well exist.
         with pytest.raises(StoreAway):
-            await a.term.account(BEN)
+            await a.desk.account(BEN)
 
 
 async def test_what_only_the_shared_store_knows_comes_when_it_can_be_listed(
@@ -130,7 +130,7 @@ async def test_what_only_the_shared_store_knows_comes_when_it_can_be_listed(
         await a.journal.wait_for("session.connected", 2)
         assert await status(a, BEN) is AccountStatus.CONNECTED
         with pytest.raises(AccountNotFound):
-            await a.term.account(CEM)
+            await a.desk.account(CEM)
 
 
 async def test_from_the_disk_alone_each_account_reads_its_own_shared_copy_first(
@@ -240,14 +240,14 @@ async def test_a_wrong_key_quarantines_and_loses_nothing(autojump_clock: MockClo
         with pytest.raises(AccountQuarantined):
             await a.send(ANN, "refused")
         with pytest.raises(AccountQuarantined, match="still cannot be read"):
-            await a.term.reconnect(ANN)
+            await a.desk.reconnect(ANN)
         with pytest.raises(AccountQuarantined):
-            await a.term.log_out(ANN)
+            await a.desk.log_out(ANN)
         lab.codec.unreadable.clear()
-        await a.term.reconnect(ANN)
+        await a.desk.reconnect(ANN)
         await a.journal.wait_for("session.connected", 2)
         message = await a.send(ANN, "back")
-        assert (await a.term.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
+        assert (await a.desk.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
 
 
 async def test_an_account_the_store_cannot_read_is_listed_with_the_reason(
@@ -257,7 +257,7 @@ async def test_an_account_the_store_cannot_read_is_listed_with_the_reason(
         await lab.add_accounts(ANN, BEN)
         lab.state.damage_account(ANN, "cut short")
         a = await restored(lab.make("a"), lab)
-        view = await a.term.account(ANN)
+        view = await a.desk.account(ANN)
         assert view.account.status is AccountStatus.QUARANTINED
         assert view.account.last_error == "cut short"
         (failure,) = report(a).failures
@@ -311,13 +311,13 @@ async def test_an_account_that_was_never_paired_shows_its_qr_code_again(
 ) -> None:
     async with open_lab() as lab:
         a = await restored(lab.make("a"), lab)
-        await a.term.add_account(ANN, "Ann")
+        await a.desk.add_account(ANN, "Ann")
         b = lab.start(lab.make("b"))
         await b.journal.wait_for("restore.skipped")
         a.instance.request_drain("redeploy")
         await b.journal.wait_for("restore.finished")
         assert (report(b).pairing, report(b).restored) == (1, 0)
-        assert (await b.term.qr(ANN)).qr
+        assert (await b.desk.qr(ANN)).qr
 
 
 async def test_a_removed_account_stays_removed_whatever_the_disk_has(
@@ -329,11 +329,11 @@ async def test_a_removed_account_stays_removed_whatever_the_disk_has(
         b = lab.start(lab.make("b"))
         await b.journal.wait_for("warm.finished")
         assert ANN in b.local.copies
-        await a.term.remove_account(ANN, purge=False)
+        await a.desk.remove_account(ANN, purge=False)
         b.legacy.found.append(LegacyAccount(ANN, "Ann", None, {KeyName("creds"): b"paired"}))
         a.instance.request_drain("redeploy")
         await b.journal.wait_for("restore.finished")
-        assert [v.account.account_id for v in await b.term.list_accounts()] == [BEN]
+        assert [v.account.account_id for v in await b.desk.list_accounts()] == [BEN]
         await wait_all_tasks_blocked()
         assert ANN not in b.local.copies
 
@@ -346,11 +346,11 @@ async def test_an_account_that_came_back_under_its_old_id_is_the_new_one_everywh
         a = await restored(lab.make("a"), lab)
         for n in range(20):
             message = await a.send(ANN, f"m{n}", key=f"k{n}")
-            await a.term.wait_progress(message.message_id)
+            await a.desk.wait_progress(message.message_id)
         b = lab.start(lab.make("b"))
         await b.journal.wait_for("warm.finished")
-        await a.term.remove_account(ANN, purge=False)
-        await a.term.add_account(ANN, "Ann again")
+        await a.desk.remove_account(ANN, purge=False)
+        await a.desk.add_account(ANN, "Ann again")
         lab.whatsapp.scan(ANN)
         await a.journal.wait_for("session.connected", 2)
         a.instance.request_drain("redeploy")
@@ -358,7 +358,7 @@ async def test_an_account_that_came_back_under_its_old_id_is_the_new_one_everywh
         copy = lab.state.fetch_account(ANN)
         assert copy is not None
         assert lab.codec.unpack(ANN, copy.parts)[KeyName("creds")] == b"creds of ann"
-        assert (await b.term.account(ANN)).account.name == "Ann again"
+        assert (await b.desk.account(ANN)).account.name == "Ann again"
 
 
 # --- sealing
@@ -406,7 +406,7 @@ async def test_a_late_write_of_the_old_holder_is_restored_with_its_message(
         await a.journal.wait_for("restore.found")
         late_write(lab, ANN)
         await a.journal.wait_for("restore.finished")
-        await a.term.wait_progress(MessageId("late"))
+        await a.desk.wait_progress(MessageId("late"))
         assert [one.text for one in lab.whatsapp.inbox()] == ["accepted by the old holder"]
         copy = lab.state.fetch_account(ANN)
         assert copy is not None
@@ -428,7 +428,7 @@ async def test_a_seal_without_an_answer_is_found_out_account_by_account(
         assert report(a).restored == 2
         assert {one.version.epoch for one in lab.state.accounts.values()} == {1}
         message = await a.send(ANN, "goes on")
-        assert (await a.term.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
+        assert (await a.desk.wait_progress(message.message_id)).state is MessageState.SERVER_ACK
 
 
 async def test_a_drain_during_the_seal_does_not_wait_for_it(autojump_clock: MockClock) -> None:
@@ -570,13 +570,13 @@ async def test_of_a_thousand_accounts_the_first_send_goes_while_others_are_opene
             lab.whatsapp.script(account_id).login_delay_s = 1.0
         a = lab.start(lab.make("a"))
         term = await a.wait_serving()
-        assert len(await term.list_accounts()) == 1000
+        assert len(await term.desk.list_accounts()) == 1000
         listed_at = trio.current_time()
         message = await a.send(names[-1], "early")
         assert trio.current_time() == listed_at < 0.1
         assert message.state is MessageState.QUEUED
         assert lab.whatsapp.opened == 0
-        await term.wait_progress(message.message_id)
+        await term.desk.wait_progress(message.message_id)
         await a.journal.wait_for("restore.finished")
         assert trio.current_time() == pytest.approx(20, abs=0.5)
         assert (report(a).restored, report(a).failures) == (1000, ())
@@ -606,7 +606,7 @@ async def test_legacy_accounts_are_created_opened_and_not_imported_again(
         await restored(a, lab)
         assert await status(a, BEN) is AccountStatus.CONNECTED
         assert await status(a, CEM) is AccountStatus.QUARANTINED
-        assert (await a.term.account(ANN)).account.name == "ann's"
+        assert (await a.desk.account(ANN)).account.name == "ann's"
         copy = lab.state.fetch_account(BEN)
         assert copy is not None
         assert lab.codec.unpack(BEN, copy.parts) == {KeyName("creds"): b"paired"}
@@ -633,7 +633,7 @@ async def test_a_legacy_account_that_cannot_be_written_fails_alone(
         await restored(a, lab)
         assert [failure.account_id for failure in report(a).failures] == [BEN]
         assert report(a).restored == 1
-        answer = await a.term.import_accounts("/sessions")
+        answer = await a.desk.import_accounts("/sessions")
         assert answer == {"imported": [BEN], "failed": []}
         assert await status(a, BEN) in (AccountStatus.CONNECTING, AccountStatus.CONNECTED)
 
@@ -654,7 +654,7 @@ async def test_ten_handovers_lose_nothing_and_show_no_qr_code(
             await heir.journal.wait_for("restore.skipped")
             holder.instance.request_drain("redeploy")
             await heir.journal.wait_for("restore.finished")
-            await heir.term.message(message.message_id)
+            await heir.desk.message(message.message_id)
             await holder.ended.wait()
             holder = heir
         await trio.sleep(1)

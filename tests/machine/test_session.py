@@ -57,7 +57,7 @@ class World:
         return self.lab.whatsapp.opened
 
     async def account(self) -> Account:
-        return (await self.host.term.account(ANN)).account
+        return (await self.host.desk.account(ANN)).account
 
     async def status(self) -> AccountStatus:
         return (await self.account()).status
@@ -76,7 +76,7 @@ class World:
         await self.host.journal.wait_for("session.connected", count)
 
     async def done(self, message: Message) -> Message:
-        return await self.host.term.wait_progress(message.message_id)
+        return await self.host.desk.wait_progress(message.message_id)
 
     async def next_term(self) -> Host:
         """Hand over to a new instance, which restores."""
@@ -152,7 +152,7 @@ async def test_a_second_440_within_the_window_quarantines_for_good(
         assert report is not None
         assert (report.restored, report.listed) == (0, 1)
         # The operator has stopped the other client: from now on it is opened again.
-        await other.term.reconnect(ANN)
+        await other.desk.reconnect(ANN)
         await other.journal.wait_for("session.connected")
         await wait_all_tasks_blocked()
         assert world.stored().status is AccountStatus.CONNECTED
@@ -182,7 +182,7 @@ async def test_401_at_login_is_verified_once_and_then_believed(
         assert world.stored().status is AccountStatus.LOGGED_OUT
         assert dict(world.lab.state.accounts[ANN].parts) == parts
         with pytest.raises(AccountNotPaired):
-            await world.host.term.reconnect(ANN)
+            await world.host.desk.reconnect(ANN)
 
 
 async def test_401_that_was_a_mistake_is_survived(autojump_clock: MockClock) -> None:
@@ -272,7 +272,7 @@ async def test_405_stops_for_this_term_and_the_next_one_tries_again(
         assert await world.status() is AccountStatus.STOPPED
         other = await world.next_term()
         assert world.opened == 2
-        assert (await other.term.account(ANN)).account.status is AccountStatus.CONNECTED
+        assert (await other.desk.account(ANN)).account.status is AccountStatus.CONNECTED
 
 
 async def test_411_stops_for_good(autojump_clock: MockClock) -> None:
@@ -282,7 +282,7 @@ async def test_411_stops_for_good(autojump_clock: MockClock) -> None:
         assert await world.status() is AccountStatus.STOPPED
         other = await world.next_term()
         assert world.opened == 1
-        assert "multi-device" in str((await other.term.account(ANN)).account.last_error)
+        assert "multi-device" in str((await other.desk.account(ANN)).account.last_error)
 
 
 @pytest.mark.parametrize("code", [408, 428, 500, 501, 503, 599])
@@ -330,7 +330,7 @@ async def test_a_reconnect_on_request_cuts_the_waiting_short(autojump_clock: Moc
     async with open_world() as world:
         world.cut(402, expire_s=3600)
         await world.host.journal.wait_for("session.closed")
-        await world.host.term.reconnect(ANN)
+        await world.host.desk.reconnect(ANN)
         now = trio.current_time()
         await world.wait_connected(2)
         assert trio.current_time() == now
@@ -346,7 +346,7 @@ async def test_a_dead_connector_makes_the_instance_step_down_and_stand_back(
         await other.journal.wait_for("restore.finished")
         assert world.host.instance.state is State.PASSIVE
         assert "connector down" in world.host.instance.transitions[-1].reason
-        assert (await other.term.account(ANN)).account.status is AccountStatus.CONNECTED
+        assert (await other.desk.account(ANN)).account.status is AccountStatus.CONNECTED
 
 
 async def test_alone_an_instance_with_a_dead_connector_tries_again_with_a_new_one(
@@ -391,18 +391,18 @@ async def test_a_connector_that_refuses_leaves_the_lease_to_another(
 async def test_a_pairing_goes_from_qr_code_to_connected(autojump_clock: MockClock) -> None:
     async with open_world() as world:
         term = world.host.term
-        view = await term.add_account(BEN, "Ben")
+        view = await term.desk.add_account(BEN, "Ben")
         assert view.account.status is AccountStatus.QR_READY
-        assert (await term.qr(BEN)).qr == "fake-qr:ben"
+        assert (await term.desk.qr(BEN)).qr == "fake-qr:ben"
         with pytest.raises(AccountNotPaired):
             await world.host.send(BEN, "too early")
         world.lab.whatsapp.scan(BEN, "491700")
         await world.wait_connected(2)
         await wait_all_tasks_blocked()
-        account = (await term.account(BEN)).account
+        account = (await term.desk.account(BEN)).account
         assert (account.status, account.phone) == (AccountStatus.CONNECTED, "491700")
         with pytest.raises(NotAwaitingScan):
-            await term.qr(BEN)
+            await term.desk.qr(BEN)
         codes = [one["code"] for one in world.host.journal.of("session.closed")]
         assert codes == [515]
         await wait_all_tasks_blocked()
@@ -416,9 +416,9 @@ async def test_a_pairing_code_is_given_while_pairing_only(autojump_clock: MockCl
     async with open_world() as world:
         term = world.host.term
         with pytest.raises(NotAwaitingScan):
-            await term.pairing_code(ANN, "491700")
-        await term.add_account(BEN, "Ben")
-        assert (await term.pairing_code(BEN, "491700")).code == "FAKECODE"
+            await term.desk.pairing_code(ANN, "491700")
+        await term.desk.add_account(BEN, "Ben")
+        assert (await term.desk.pairing_code(BEN, "491700")).code == "FAKECODE"
 
 
 async def test_a_pairing_that_nobody_scans_is_stopped_and_says_so(
@@ -426,33 +426,33 @@ async def test_a_pairing_that_nobody_scans_is_stopped_and_says_so(
 ) -> None:
     async with open_world() as world:
         term = world.host.term
-        await term.add_account(BEN, "Ben")
+        await term.desk.add_account(BEN, "Ben")
         world.lab.whatsapp._pairing[BEN].end(ConnectionClosed(408, "QR refs attempts ended"))
         await world.host.journal.wait_for("session.stopped")
-        account = (await term.account(BEN)).account
+        account = (await term.desk.account(BEN)).account
         assert account.status is AccountStatus.STOPPED
         assert "no phone scanned in time" in str(account.last_error)
         with pytest.raises(AccountNotPaired, match="repair"):
-            await term.reconnect(BEN)
-        assert (await term.repair(BEN)).account.status is AccountStatus.QR_READY
+            await term.desk.reconnect(BEN)
+        assert (await term.desk.repair(BEN)).account.status is AccountStatus.QR_READY
 
 
 async def test_a_pairing_whose_bridge_is_slow_is_tried_again(autojump_clock: MockClock) -> None:
     async with open_world() as world:
         world.lab.whatsapp.script(BEN).open_delay_s = 40.0
-        await world.host.term.add_account(BEN, "Ben")
+        await world.host.desk.add_account(BEN, "Ben")
         await world.host.journal.wait_for("session.closed")
         assert world.host.journal.of("session.stopped") == []
         world.lab.whatsapp.script(BEN).open_delay_s = 0.0
         await trio.sleep(2)
-        assert (await world.host.term.qr(BEN)).qr
+        assert (await world.host.desk.qr(BEN)).qr
 
 
 async def test_keys_are_stored_before_the_connection_hears_of_it(
     autojump_clock: MockClock,
 ) -> None:
     async with open_world() as world:
-        await world.host.term.add_account(BEN, "Ben")
+        await world.host.desk.add_account(BEN, "Ben")
         world.host.store.delay(0.5, 0.5)
         world.lab.whatsapp.scan(BEN)
         await trio.sleep(0.4)
@@ -465,7 +465,7 @@ async def test_keys_are_stored_before_the_connection_hears_of_it(
 async def test_a_repair_archives_the_old_state_and_pairs_anew(autojump_clock: MockClock) -> None:
     async with open_world() as world:
         parts = dict(world.lab.state.accounts[ANN].parts)
-        view = await world.host.term.repair(ANN)
+        view = await world.host.desk.repair(ANN)
         assert view.account.status is AccountStatus.QR_READY
         (kept,) = world.lab.state.archive
         assert dict(kept.parts) == parts
@@ -480,7 +480,7 @@ async def test_a_logout_unlinks_the_device_and_keeps_the_account_listed(
     autojump_clock: MockClock,
 ) -> None:
     async with open_world() as world:
-        view = await world.host.term.log_out(ANN)
+        view = await world.host.desk.log_out(ANN)
         assert view.account.status is AccountStatus.LOGGED_OUT
         assert world.lab.whatsapp.unlinked == {ANN}
         assert world.lab.whatsapp.connections == 0
@@ -495,7 +495,7 @@ async def test_an_account_added_twice_at_once_is_made_once(autojump_clock: MockC
 
         async def add() -> None:
             try:
-                await world.host.term.add_account(BEN, "Ben")
+                await world.host.desk.add_account(BEN, "Ben")
             except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
                 answers.append(type(error).__name__)
             else:
@@ -524,7 +524,7 @@ async def test_one_delivery_at_a_time_and_in_order(autojump_clock: MockClock) ->
 
 async def test_accounts_do_not_wait_for_each_other(autojump_clock: MockClock) -> None:
     async with open_world() as world:
-        await world.host.term.add_account(BEN, "Ben")
+        await world.host.desk.add_account(BEN, "Ben")
         world.lab.whatsapp.scan(BEN)
         await world.wait_connected(2)
         world.script.ack_delay_s = 10.0
@@ -571,9 +571,9 @@ async def test_after_a_crash_between_wire_and_record_the_recipient_can_read_on(
         world.host.store.partitioned = True
         other = world.lab.start(world.lab.make("b"))
         await other.journal.wait_for("restore.finished")
-        await other.term.wait_progress(two.message_id)
+        await other.desk.wait_progress(two.message_id)
         three = await other.send(ANN, "three")
-        await other.term.wait_progress(three.message_id)
+        await other.desk.wait_progress(three.message_id)
         assert world.lab.whatsapp.unreadable() == []
         assert [one.text for one in world.lab.whatsapp.inbox()] == ["one", "two", "three"]
 
@@ -632,7 +632,7 @@ async def test_receipts_move_a_message_on_even_when_they_overtake_the_ack(
         world.host.store.delay(0.1, 0.1)
         message = await world.host.send(ANN, "hello")
         await trio.sleep(2)
-        assert (await world.host.term.message(message.message_id)).state is MessageState.READ
+        assert (await world.host.desk.message(message.message_id)).state is MessageState.READ
         assert world.message(message.message_id).state is MessageState.READ
 
 
@@ -645,7 +645,7 @@ async def test_a_receipt_before_the_ack_is_not_undone_by_it(autojump_clock: Mock
         connection.push(MessageProgressed(message.message_id, MessageState.DELIVERED))
         await trio.sleep(2)
         assert world.message(message.message_id).state is MessageState.DELIVERED
-        assert (await world.host.term.message(message.message_id)).state is MessageState.DELIVERED
+        assert (await world.host.desk.message(message.message_id)).state is MessageState.DELIVERED
         # The keys that came with the ack are stored all the same.
         keys = world.lab.codec.unpack(ANN, world.lab.state.accounts[ANN].parts)
         assert keys[KeyName(f"session-{TO}.0")]

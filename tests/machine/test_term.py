@@ -57,12 +57,12 @@ async def answer_of(ask: Callable[[], Awaitable[object]]) -> object:
 
 ASKS: dict[str, Callable[[Host], Awaitable[object]]] = {
     "accept": lambda host: host.send(ANN, "hello"),
-    "add": lambda host: host.term.add_account(BEN, "Ben"),
-    "message": lambda host: host.term.message(MessageId("somewhere")),
-    "log_out": lambda host: host.term.log_out(ANN),
-    "repair": lambda host: host.term.repair(ANN),
-    "remove": lambda host: host.term.remove_account(ANN, purge=False),
-    "import": lambda host: host.term.import_accounts("/sessions"),
+    "add": lambda host: host.desk.add_account(BEN, "Ben"),
+    "message": lambda host: host.desk.message(MessageId("somewhere")),
+    "log_out": lambda host: host.desk.log_out(ANN),
+    "repair": lambda host: host.desk.repair(ANN),
+    "remove": lambda host: host.desk.remove_account(ANN, purge=False),
+    "import": lambda host: host.desk.import_accounts("/sessions"),
 }
 
 
@@ -110,7 +110,11 @@ async def test_a_request_at_a_term_that_is_over_is_refused_at_once(
         take_away(lab)
         await a.wait(State.PASSIVE)
         writes = lab.state.writes
-        for ask in (term.list_accounts, lambda: term.account(ANN), lambda: term.repair(ANN)):
+        for ask in (
+            term.desk.list_accounts,
+            lambda: term.desk.account(ANN),
+            lambda: term.desk.repair(ANN),
+        ):
             with pytest.raises(NotActive):
                 await ask()
         assert lab.state.writes == writes
@@ -131,7 +135,7 @@ async def test_a_request_during_the_restore_waits_for_the_listing_only(
         message = await a.send(ANN, "early")
         assert trio.current_time() - began <= 1.0
         assert message.state is MessageState.QUEUED
-        await a.term.wait_progress(message.message_id)
+        await a.desk.wait_progress(message.message_id)
         assert trio.current_time() - began >= 20
 
 
@@ -147,7 +151,7 @@ async def test_a_step_down_during_the_listing_refuses_those_who_wait_for_it(
         answers: list[object] = []
 
         async def ask() -> None:
-            answers.append(await answer_of(term.list_accounts))
+            answers.append(await answer_of(term.desk.list_accounts))
 
         lab.nursery.start_soon(ask)
         await trio.sleep(0.1)
@@ -170,9 +174,9 @@ async def test_while_a_term_settles_messages_are_kept_for_the_next_holder_and_no
         a.instance.request_drain("SIGTERM")
         await trio.sleep(0.1)
         for ask in (
-            lambda: term.add_account(BEN, "Ben"),
-            lambda: term.repair(ANN),
-            lambda: term.import_accounts("/sessions"),
+            lambda: term.desk.add_account(BEN, "Ben"),
+            lambda: term.desk.repair(ANN),
+            lambda: term.desk.import_accounts("/sessions"),
         ):
             with pytest.raises(NotActive, match="handing the lease over"):
                 await ask()
@@ -181,7 +185,7 @@ async def test_while_a_term_settles_messages_are_kept_for_the_next_holder_and_no
         await a.journal.wait_for("drain.settled")
         assert a.instance.term is None
         with pytest.raises(NotActive):
-            await term.accept(
+            await term.desk.accept(
                 message_id=MessageId("3EB0FF"),
                 account_id=ANN,
                 to="4915112345678",
@@ -191,7 +195,7 @@ async def test_while_a_term_settles_messages_are_kept_for_the_next_holder_and_no
         await a.ended.wait()
         assert [m.text for m in lab.whatsapp.inbox()] == ["in flight"]
         b = await serving(lab.start(lab.make("b")))
-        assert (await b.term.wait_progress(late.message_id)).state is MessageState.SERVER_ACK
+        assert (await b.desk.wait_progress(late.message_id)).state is MessageState.SERVER_ACK
         assert [m.text for m in lab.whatsapp.inbox()] == ["in flight", "kept"]
 
 
@@ -214,7 +218,7 @@ async def test_a_settle_waits_for_what_is_in_flight_and_hands_the_rest_on(
         assert lab.state.messages[first.message_id].state is MessageState.SERVER_ACK
         assert lab.state.messages[second.message_id].state is MessageState.QUEUED
         b = await serving(lab.start(lab.make("b")))
-        await b.term.wait_progress(second.message_id)
+        await b.desk.wait_progress(second.message_id)
         assert [one.text for one in lab.whatsapp.raw] == ["first", "second"]
 
 
@@ -234,7 +238,7 @@ async def test_a_settle_is_bounded_and_the_next_holder_sends_it_again(
         assert trio.current_time() - began == pytest.approx(limits.settle_s, abs=0.1)
         assert a.journal.of("drain.unsettled")[0]["in_flight"] == 1
         b = await serving(lab.start(lab.make("b")))
-        await b.term.wait_progress(stuck.message_id)
+        await b.desk.wait_progress(stuck.message_id)
         assert [one.text for one in lab.whatsapp.inbox()] == ["no ack"]
         assert lab.whatsapp.unreadable() == []
 
@@ -262,7 +266,7 @@ async def test_an_account_that_vanished_does_not_stop_a_drain(autojump_clock: Mo
         a = await serving(lab.start(lab.make("a", durability=Durability.LOCAL)))
         for account_id in (ANN, BEN):
             message = await a.send(account_id, f"hello from {account_id}")
-            await a.term.wait_progress(message.message_id)
+            await a.desk.wait_progress(message.message_id)
         del lab.state.accounts[ANN]
         a.instance.request_drain("SIGTERM")
         await a.ended.wait()
@@ -280,7 +284,7 @@ async def test_local_durability_is_replicated_completely_before_the_lease_is_rel
         a = await serving(lab.start(lab.make("a", durability=Durability.LOCAL)))
         for n in range(5):
             message = await a.send(ANN, f"m{n}", key=f"k{n}")
-            await a.term.wait_progress(message.message_id)
+            await a.desk.wait_progress(message.message_id)
         a.instance.request_drain("SIGTERM")
         await a.journal.wait_for("lease.released")
         stored = lab.state.fetch_account(ANN)
@@ -363,7 +367,7 @@ async def test_nothing_is_left_running_after_a_hundred_terms(autojump_clock: Moc
             living.append(trio.lowlevel.current_statistics().tasks_living)
             assert (lab.whatsapp.connections, lab.whatsapp.bridges) == (2, 1)
             if n % 2:
-                await a.term.wait_progress(message.message_id)
+                await a.desk.wait_progress(message.message_id)
                 a.instance.request_step_down("again")
             else:
                 a.term.lose("for the test")

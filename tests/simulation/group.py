@@ -258,7 +258,7 @@ class Group:
             self._forward(instance, request)
             return
         try:
-            await term.accept(
+            await term.desk.accept(
                 message_id=request.message_id,
                 account_id=request.account_id,
                 to=request.to,
@@ -267,7 +267,7 @@ class Group:
             )
             request.reply("accepted")
             with trio.move_on_after(5.0):
-                await term.wait_progress(request.message_id)
+                await term.desk.wait_progress(request.message_id)
         except (AccountNotFound, AccountNotPaired) as lost:
             self.checks.violated(f"{process.name} answers {lost.code}: {lost}")
         except Refusal as refusal:
