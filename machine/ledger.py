@@ -10,9 +10,10 @@ Never lives here: what the change means (`machine.session`, `machine.outbox`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -41,7 +42,9 @@ from machine.records import (
     Version,
 )
 from machine.refusals import StoreAway
-from machine.retry import Backoff, retry
+from machine.retry import Backoff, TryTimedOut, retry
+
+T = TypeVar("T")
 
 COMMIT_BACKOFF = Backoff(first_s=0.05, factor=2.0, cap_s=2.0, jitter=0.5)
 
@@ -496,11 +499,6 @@ class Ledger:
         )
 
     async def _send(self, commit: AccountCommit) -> Stamp:
-        async def once() -> Stamp:
-            # The last look before the effect; nothing is awaited between it and the call.
-            self._term.check()
-            return await self._ports.accounts.commit(commit)
-
         def noted(tries: int, error: Exception, pause_s: float) -> None:
             self._ports.journal.note(
                 "commit.retried",
@@ -510,14 +508,40 @@ class Ledger:
                 retry_s=round(pause_s, 3),
             )
 
+        return await self._ask(lambda: self._ports.accounts.commit(commit), noted=noted)
+
+    async def _ask(
+        self,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        queued: bool = False,
+        noted: Callable[[int, Exception, float], None] | None = None,
+    ) -> T:
+        """Ask the shared store until it answers, as long as the term lasts.
+
+        `queued`: each try waits for a reader's place first. Its own time begins when its turn has
+        come, and the place is free again after it.
+        """
+
+        async def once() -> T:
+            async with self._place() if queued else nullcontext():
+                # The last look before the effect; nothing is awaited between it and the call.
+                self._term.check()
+                with trio.move_on_after(self._limits.store_try_s):
+                    return await attempt()
+            raise TryTimedOut(self._limits.store_try_s)
+
         return await retry(
             once,
             on=(StoreUnavailable,),
             backoff=COMMIT_BACKOFF,
-            try_s=self._limits.store_try_s,
+            try_s=math.inf,
             rng=self._ports.rng,
             noted=noted,
         )
+
+    def _place(self) -> AbstractAsyncContextManager[None]:
+        return self._term.reading.hold(last_used_at(self.account))
 
     async def _complete(self) -> None:
         """Have every part in memory: this disk's, if they are of this very copy, or the shared.
@@ -545,19 +569,11 @@ class Ledger:
             raise AccountVanished(f"account {self.account_id}: this disk's copy cannot be read")
         version = Version(self._term.grant.epoch, self.version.revision)
 
-        async def once() -> Stamp:
-            self._term.check()
-            return await self._ports.accounts.create_account(
-                self._term.grant, self.account, version, self.parts
-            )
-
         try:
-            self.stamp = await retry(
-                once,
-                on=(StoreUnavailable,),
-                backoff=COMMIT_BACKOFF,
-                try_s=self._limits.store_try_s,
-                rng=self._ports.rng,
+            self.stamp = await self._ask(
+                lambda: self._ports.accounts.create_account(
+                    self._term.grant, self.account, version, self.parts
+                )
             )
         except AccountExists:
             # An earlier try of ours that got no answer: the next look finds it.
@@ -570,7 +586,7 @@ class Ledger:
     async def _fetch_locally(self) -> AccountCopy | None:
         """This disk's copy, `None` when it cannot be read: then the shared one serves."""
         try:
-            async with self._term.reading.hold(last_used_at(self.account)):
+            async with self._place():
                 with trio.fail_after(self._limits.store_try_s):
                     copy = await self._ports.local.fetch_account(self.account_id)
         except (StoreUnavailable, trio.TooSlowError) as error:
@@ -592,20 +608,8 @@ class Ledger:
         Raises `AccountVanished`; ends the term (and raises `NotActive`) when a higher epoch is
         found.
         """
-
-        async def once() -> AccountCopy | None:
-            async with self._term.reading.hold(last_used_at(self.account)):
-                self._term.check()
-                # A try's time begins when its turn has come; its place is free again after it.
-                with trio.fail_after(self._limits.store_try_s):
-                    return await self._ports.accounts.fetch_account(self.account_id)
-
-        head = await retry(
-            once,
-            on=(StoreUnavailable, trio.TooSlowError),
-            backoff=COMMIT_BACKOFF,
-            try_s=math.inf,
-            rng=self._ports.rng,
+        head = await self._ask(
+            lambda: self._ports.accounts.fetch_account(self.account_id), queued=True
         )
         if head is None and (self._push or self.stamp is None):
             await self._create()
