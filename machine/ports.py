@@ -11,7 +11,7 @@ been done) unless its docstring says otherwise.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,6 +26,9 @@ from machine.records import (
     AccountId,
     Fence,
     Grant,
+    InboundMessage,
+    InboxEntry,
+    InboxPlace,
     KeyChange,
     KeyName,
     LeaseStamps,
@@ -188,6 +191,26 @@ class OutboxStore(Protocol):
 
     async def purge_messages(self, grant: Grant, *, before: float, count_max: int) -> int:
         """Delete settled messages last updated before `before` (wall clock); how many went."""
+        ...
+
+
+class InboxStore(Protocol):
+    """Messages that accounts received. They are written by `AccountStore.commit`."""
+
+    async def list_inbox(
+        self, account_id: AccountId, *, after: InboxPlace | None, count_max: int
+    ) -> Sequence[InboxEntry]:
+        """The account's messages in the order of their places, those after `after` only.
+
+        At most `count_max`; fewer only at the end.
+        """
+        ...
+
+    async def purge_inbox(self, grant: Grant, *, before: float, count_max: int) -> int:
+        """Delete messages received before `before` (wall clock), oldest first; how many went.
+
+        Raises `StaleWrite`.
+        """
         ...
 
 
@@ -356,7 +379,40 @@ class MessageProgressed:
     error: str | None = None
 
 
-ConnectionEvent = Connected | QrShown | PairingScanned | KeysChanged | MessageProgressed
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """Somebody sent a message. `keys`, changed by reading it, are stored in the same commit.
+
+    `stored` is set by the machine when both are durable. Only then does the server hear that it
+    arrived; until then it is delivered again, at the latest at the next login.
+    """
+
+    message: InboundMessage
+    keys: KeyChange | None
+    stored: trio.Event
+
+
+@dataclass(frozen=True, slots=True)
+class BodyAsked:
+    """A recipient could not read a message of ours, and its text is needed once more.
+
+    `answer` is called once, with the text, or with `None` when it is not known; unless the
+    connection ends before.
+    """
+
+    message_id: MessageId
+    answer: Callable[[str | None], None]
+
+
+ConnectionEvent = (
+    Connected
+    | QrShown
+    | PairingScanned
+    | KeysChanged
+    | MessageProgressed
+    | MessageReceived
+    | BodyAsked
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,11 +459,14 @@ class Bridge(Protocol):
         keys: Mapping[KeyName, bytes] | None,
         *,
         doubtful: Collection[str] = (),
+        distrust_sessions: bool = False,
     ) -> AbstractAsyncContextManager[Connection]:
         """Connect an account with its `keys`; `None` begins a pairing: a new identity.
 
         `doubtful` recipients may have had a message on the wire that was never recorded: their
-        Signal sessions are dropped first. The block's end closes the connection.
+        Signal sessions are dropped first. `distrust_sessions`: all of them may be older than what
+        was on the wire, and all are dropped. What is dropped is told as `KeysChanged`, before
+        `Connected`. The block's end closes the connection.
         Raises `ConnectionClosed`, `ConnectorDown`.
         """
         ...

@@ -150,6 +150,49 @@ class Message:
     """When each state was reached."""
 
 
+@dataclass(frozen=True, slots=True)
+class InboundMessage:
+    """A message that somebody sent to an account. WhatsApp delivers it again until it is stored.
+
+    It is told apart by account, chat and `message_id`, which the sender made; the first text that
+    was stored under them stays.
+    """
+
+    account_id: AccountId
+    message_id: MessageId
+    chat: str
+    """The conversation: the other's phone number, or the name WhatsApp gives a group."""
+    sender: str
+    sender_name: str | None
+    """What the sender calls himself."""
+    text: str
+    sent_at: float
+    """The server's clock."""
+    received_at: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class InboxPlace:
+    """Where a message stands among those of its account, in the order in which they were stored.
+
+    `epoch` and `revision` are the account's version after the commit that stored it, `number` is
+    its place in that commit. Versions only rise, so nothing is ever stored before a place that
+    somebody has read up to.
+    """
+
+    epoch: int
+    revision: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class InboxEntry:
+    """A stored message and its place."""
+
+    place: InboxPlace
+    message: InboundMessage
+
+
 class LeaseState(StrEnum):
     """What the lease and the fence say of themselves. `handoff` occurs in the fence only."""
 
@@ -284,6 +327,9 @@ class AccountCommit:
     new_messages: tuple[Message, ...] = ()
     """Must not exist yet: `MessageExists` otherwise, and nothing at all is written."""
     messages: tuple[Message, ...] = ()
+    inbound: tuple[InboundMessage, ...] = ()
+    """Received messages, each at most once. One that is stored already is left as it is; the
+    others get the places of this `version`, in order. With any, `version` has risen."""
 
 
 @dataclass(frozen=True, slots=True)

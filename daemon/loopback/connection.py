@@ -141,7 +141,9 @@ class LoopbackConnection:
         self._pairing = _Pairing(device, trio.current_time())
         self._turn_qr(self._pairing)
 
-    async def log_in(self, keys: Mapping[KeyName, bytes], doubtful: Collection[str]) -> None:
+    async def log_in(
+        self, keys: Mapping[KeyName, bytes], doubtful: Collection[str], distrust_sessions: bool
+    ) -> None:
         """Log in with `keys`. Raises `ConnectionClosed`."""
         device = self._read_device(keys)
         self.device_id = device.device_id
@@ -156,7 +158,7 @@ class LoopbackConnection:
         self._sessions = {
             name: value for name, value in keys.items() if name.startswith("session-")
         }
-        self._drop_sessions(doubtful)
+        self._drop_sessions(doubtful, all_of_them=distrust_sessions)
         self._tell(Connected(phone))
 
     def _read_device(self, keys: Mapping[KeyName, bytes]) -> Device:
@@ -165,12 +167,12 @@ class LoopbackConnection:
         except CredsUnreadable as error:
             raise ConnectionClosed(401, str(error)) from error
 
-    def _drop_sessions(self, doubtful: Collection[str]) -> None:
+    def _drop_sessions(self, doubtful: Collection[str], *, all_of_them: bool) -> None:
         """Begin anew with these recipients, and say so first: the old sessions must not return."""
         dropped = {
             name: None
             for name in self._sessions
-            if any(name.startswith(f"session-{to}.") for to in doubtful)
+            if all_of_them or any(name.startswith(f"session-{to}.") for to in doubtful)
         }
         for name in dropped:
             del self._sessions[name]

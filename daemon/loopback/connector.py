@@ -153,9 +153,10 @@ class LoopbackBridge:
         keys: Mapping[KeyName, bytes] | None,
         *,
         doubtful: Collection[str] = (),
+        distrust_sessions: bool = False,
     ) -> AbstractAsyncContextManager[Connection]:
         """See `machine.ports.Bridge`. A login has succeeded when the block is entered."""
-        return self._open_connection(account_id, keys, doubtful)
+        return self._open_connection(account_id, keys, doubtful, distrust_sessions)
 
     @asynccontextmanager
     async def _open_connection(
@@ -163,6 +164,7 @@ class LoopbackBridge:
         account_id: AccountId,
         keys: Mapping[KeyName, bytes] | None,
         doubtful: Collection[str],
+        distrust_sessions: bool,
     ) -> AsyncIterator[Connection]:
         if len(self._connections) >= CONNECTIONS_MAX:
             raise ConnectionClosed(503, f"more than {CONNECTIONS_MAX} connections on one bridge")
@@ -173,7 +175,7 @@ class LoopbackBridge:
             if keys is None:
                 await connection.begin_pairing()
             else:
-                await connection.log_in(keys, doubtful)
+                await connection.log_in(keys, doubtful, distrust_sessions)
             yield connection
         finally:
             connection.end(428, "closed on this side")

@@ -31,6 +31,7 @@ from machine.ports import (
 from machine.records import AccountId, KeyChange, KeyName, MessageId, MessageState
 
 CREDS = KeyName("creds")
+SESSION_PREFIX = "session-"
 QR_VALID_S = 60.0
 WALL_AT_START = 1_700_000_000.0
 
@@ -224,8 +225,9 @@ class FakeBridge:
         keys: Mapping[KeyName, bytes] | None,
         *,
         doubtful: Collection[str] = (),
+        distrust_sessions: bool = False,
     ) -> AbstractAsyncContextManager[Connection]:
-        return self._open_connection(account_id, keys, doubtful)
+        return self._open_connection(account_id, keys, doubtful, distrust_sessions)
 
     @asynccontextmanager
     async def _open_connection(
@@ -233,6 +235,7 @@ class FakeBridge:
         account_id: AccountId,
         keys: Mapping[KeyName, bytes] | None,
         doubtful: Collection[str],
+        distrust_sessions: bool,
     ) -> AsyncIterator[Connection]:
         script = self.world.script(account_id)
         await trio.sleep(script.open_delay_s)
@@ -240,7 +243,9 @@ class FakeBridge:
             raise ConnectorDown("the bridge is dead")
         if script.refuse_open:
             raise script.refuse_open.popleft()
-        connection = FakeConnection(self.world, account_id, script, keys, doubtful)
+        connection = FakeConnection(
+            self.world, account_id, script, keys, doubtful, distrust_sessions
+        )
         self.connections.add(connection)
         self.world.connections += 1
         try:
@@ -264,6 +269,7 @@ class FakeConnection:
         script: Script,
         keys: Mapping[KeyName, bytes] | None,
         doubtful: Iterable[str],
+        distrust_sessions: bool,
     ) -> None:
         self.world = world
         self.account_id = account_id
@@ -272,15 +278,26 @@ class FakeConnection:
         self._begun = False
         self._paired: trio.Event | None = None
         self._keys = None if keys is None else dict(keys)
-        for to in doubtful:
-            if self._keys is not None:
-                self._keys.pop(_session_key(to), None)
         self._events: deque[ConnectionEvent] = deque()
+        self._drop_sessions(doubtful, all_of_them=distrust_sessions)
         self._stirred = trio.Event()
         self._ended: ConnectionClosed | None = None
 
     def __repr__(self) -> str:
         return f"<FakeConnection {self.account_id}>"
+
+    def _drop_sessions(self, recipients: Iterable[str], *, all_of_them: bool) -> None:
+        keys = self._keys or {}
+        names = {_session_key(to) for to in recipients}
+        dropped = [
+            name
+            for name in keys
+            if name in names or (all_of_them and name.startswith(SESSION_PREFIX))
+        ]
+        for name in dropped:
+            del keys[name]
+        if dropped:
+            self._events.append(KeysChanged(KeyChange(dict.fromkeys(dropped)), trio.Event()))
 
     # -- the world's side
 
@@ -407,7 +424,7 @@ class FakeConnection:
 
 
 def _session_key(to: str) -> KeyName:
-    return KeyName(f"session-{to}.0")
+    return KeyName(f"{SESSION_PREFIX}{to}.0")
 
 
 async def _wait_either(one: trio.Event, other: trio.Event) -> None:

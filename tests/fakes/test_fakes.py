@@ -191,6 +191,21 @@ async def test_rolled_back_keys_make_unreadable_messages_unless_doubted() -> Non
     assert [one.message_id for one in world.inbox()] == ["m1", "m2"]
 
 
+async def test_distrusted_sessions_are_dropped_told_and_begun_anew() -> None:
+    world = FakeWhatsApp()
+    keys = {**CREDS, KeyName("session-49170.0"): b"7:7", KeyName("session-49171.0"): b"8:8"}
+    async with (
+        FakeConnector(world).open_bridge() as bridge,
+        bridge.open_connection(ANNA, keys, distrust_sessions=True) as connection,
+    ):
+        dropped = await connection.next_event()
+        assert isinstance(dropped, KeysChanged)
+        assert dict(dropped.change.values) == {"session-49170.0": None, "session-49171.0": None}
+        ack = await connection.send_text(MessageId("m1"), "49170", "one")
+        assert ack.keys is not None
+        assert ack.keys.values["session-49170.0"] != b"7:8"
+
+
 async def test_lost_ack_keeps_the_sender_until_the_connection_ends(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:

@@ -113,6 +113,27 @@ async def test_doubtful_recipients_begin_a_new_session_and_old_ones_are_deleted(
     assert [(each.readable, each.duplicate) for each in raw[-2:]] == [(True, True), (False, True)]
 
 
+async def test_distrusted_sessions_are_all_begun_anew(
+    connector: LoopbackConnector, world: LoopbackWorld
+) -> None:
+    other = "491700000000"
+    async with connector.open_bridge() as bridge:
+        keys = await pair(bridge, world)
+        async with logged_in(bridge, keys) as connection:
+            for to in (TO, other):
+                keys = applied(keys, (await connection.send_text(message_id(0), to, "0")).keys)
+                await connection.send_text(message_id(1), to, "never recorded")
+        async with bridge.open_connection(ANNA, keys, distrust_sessions=True) as connection:
+            dropped = await connection.next_event()
+            assert isinstance(dropped, KeysChanged)
+            assert set(dropped.change.values) == {f"session-{to}.0" for to in (TO, other)}
+            assert not any(dropped.change.values.values())
+            for to in (TO, other):
+                await connection.send_text(message_id(2), to, "readable")
+    raw = (await world.list_messages(raw=True)).arrivals
+    assert [each.readable for each in raw[-2:]] == [True, True]
+
+
 async def test_overtaking_acks_never_store_an_older_position(
     connector: LoopbackConnector, world: LoopbackWorld
 ) -> None:

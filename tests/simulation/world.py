@@ -276,20 +276,20 @@ class WatchedBridge:
         keys: Mapping[KeyName, bytes] | None,
         *,
         doubtful: Collection[str] = (),
+        distrust_sessions: bool = False,
     ) -> AbstractAsyncContextManager[Connection]:
         asked = self.ask(f"opening {account_id}")
-        return self._open_connection(account_id, keys, doubtful, asked)
+        inner = self._bridge.open_connection(
+            account_id, keys, doubtful=doubtful, distrust_sessions=distrust_sessions
+        )
+        return self._open_connection(inner, asked)
 
     @asynccontextmanager
     async def _open_connection(
-        self,
-        account_id: AccountId,
-        keys: Mapping[KeyName, bytes] | None,
-        doubtful: Collection[str],
-        asked: Asked,
+        self, inner: AbstractAsyncContextManager[Connection], asked: Asked
     ) -> AsyncIterator[Connection]:
         whatsapp = self._connector.whatsapp
-        async with self._bridge.open_connection(account_id, keys, doubtful=doubtful) as connection:
+        async with inner as connection:
             assert isinstance(connection, FakeConnection)
             whatsapp.asked[connection] = asked
             try:
