@@ -203,7 +203,7 @@ async def test_distrusted_sessions_are_dropped_told_and_begun_anew() -> None:
         assert dict(dropped.change.values) == {"session-49170.0": None, "session-49171.0": None}
         ack = await connection.send_text(MessageId("m1"), "49170", "one")
         assert ack.keys is not None
-        assert ack.keys.values["session-49170.0"] != b"7:8"
+        assert ack.keys.values[KeyName("session-49170.0")] != b"7:8"
 
 
 async def test_lost_ack_keeps_the_sender_until_the_connection_ends(
