@@ -10,7 +10,7 @@ RUN := .venv/run.stamp
 DEV := .venv/dev.stamp
 
 help: ## show what can be made here
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 setup: $(DEV) ## set up .venv with everything that running and testing needs
 	@echo "Ready: .venv, with the watchkeeper command in .venv/bin."
@@ -52,6 +52,13 @@ docs: $(DEV) ## generate the pages in docs/ that are made from the code
 lock: $(DEV) ## bring the lock files up to date with pyproject.toml; ARGS=--upgrade for newer versions
 	@BIN=$(BIN) deploy/dev/lock.sh $(ARGS)
 
+install-systemd: ## install as systemd services (as root): PREFIX=/opt/watchkeeper SYSCONFDIR=/etc DESTDIR=
+	@PYTHON="$(PYTHON)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" DESTDIR="$(DESTDIR)" \
+		deploy/systemd/install.sh install
+
+uninstall-systemd: ## take the services and the program away; settings, secrets and accounts stay
+	@PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" DESTDIR="$(DESTDIR)" deploy/systemd/install.sh uninstall
+
 ci: ## run what CI runs, as CI runs it
 	@.ci/run
 
@@ -65,4 +72,4 @@ $(RUN): requirements.lock pyproject.toml deploy/dev/setup.sh
 $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.sh
 	@deploy/dev/setup.sh requirements-dev.lock && touch $(RUN) $(DEV)
 
-.PHONY: help setup run run-standby test test-long system-test simulate check format bench docs lock ci clean
+.PHONY: help setup run run-standby test test-long system-test simulate check format bench docs lock install-systemd uninstall-systemd ci clean

@@ -11,8 +11,9 @@ import secrets
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import SystemRandom
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from daemon.journal import LoguruJournal, open_journal
 from daemon.loopback.connector import LoopbackConnector
 from daemon.loopback.routes import loopback_router
 from daemon.loopback.world import LoopbackWorld
+from daemon.notify import Notifier, keep_notified
 from daemon.settings import ConnectorKind, Settings, StoreKind
 from daemon.sqlite.local import StateDirInUse, open_local
 from machine.events import EVENTS, EventKind
@@ -272,15 +274,17 @@ def _make_ports(
     )
 
 
+def _count_accounts(instance: Instance) -> dict[str, float]:
+    """How many accounts in memory have which status."""
+    counts = dict.fromkeys((status.value for status in AccountStatus), 0.0)
+    if instance.term is not None:
+        for session in instance.term.sessions.values():
+            counts[session.status.value] += 1
+    return counts
+
+
 def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
     """Gauges that are read from the machine at each scrape."""
-
-    def accounts() -> dict[str, float]:
-        counts = dict.fromkeys((status.value for status in AccountStatus), 0.0)
-        if instance.term is not None:
-            for session in instance.term.sessions.values():
-                counts[session.status.value] += 1
-        return counts
 
     def remaining_s() -> float:
         status = instance.lease_status
@@ -290,7 +294,9 @@ def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
         return float(instance.term.desk.outbox_depth) if instance.term is not None else 0.0
 
     watch = journal.metrics.watch
-    journal.metrics.watch_labelled("accounts", "Accounts in memory.", "status", accounts)
+    journal.metrics.watch_labelled(
+        "accounts", "Accounts in memory.", "status", partial(_count_accounts, instance)
+    )
     watch("lease_remaining_seconds", "Until the lease ends if not renewed.", remaining_s)
     watch("outbox_messages", "Messages accepted and not yet acknowledged.", depth)
 
@@ -328,16 +334,20 @@ async def _run(
             shutdown=shutdown,
         )
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_heed_signals, signals, instance)
-        async with trio.open_nursery() as api:
-            await api.start(serve_http)
-            if settings.metrics_bind is not None:
-                api.start_soon(serve_metrics_http, bind_http(settings.metrics_bind))
-            await instance.run()
-            # The API ends by itself once what is in flight is answered.
-            shutdown.set()
-        nursery.cancel_scope.cancel()
+    with closing(Notifier()) as notifier:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_heed_signals, signals, instance)
+            nursery.start_soon(
+                keep_notified, instance, notifier, partial(_count_accounts, instance)
+            )
+            async with trio.open_nursery() as api:
+                await api.start(serve_http)
+                if settings.metrics_bind is not None:
+                    api.start_soon(serve_metrics_http, bind_http(settings.metrics_bind))
+                await instance.run()
+                # The API ends by itself once what is in flight is answered.
+                shutdown.set()
+            nursery.cancel_scope.cancel()
 
 
 async def _heed_signals(signals: AsyncIterator[int], instance: Instance) -> None:

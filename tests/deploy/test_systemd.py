@@ -1,0 +1,185 @@
+"""The installed services under a real systemd: start, stop, hang, crash, refuse, reload."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deploy.host import Host, boot, missing, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTALL = ROOT / "deploy" / "systemd" / "install.sh"
+PORTS = {"a": 8081, "b": 8082}
+
+pytestmark = [pytest.mark.system, pytest.mark.long]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A host on which `make install-systemd` was run, with loopback for WhatsApp."""
+    lacking = missing()
+    if lacking is not None:
+        if os.environ.get("CI"):
+            pytest.fail(lacking, pytrace=False)
+        pytest.skip(lacking)
+    work = tmp_path_factory.mktemp("host")
+    installed = work / "installed"
+    # The host's own Python: that of a version manager is not to be seen from in there.
+    python = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else shutil.which("python3")
+    done = subprocess.run(
+        ["make", "install-systemd", f"DESTDIR={installed}", f"PYTHON={python}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = installed / "etc" / "watchkeeper"
+    (config / "watchkeeper.env").write_text(
+        "WATCHKEEPER_CONNECTOR=loopback\nWATCHKEEPER_HTTP_BIND=127.0.0.1:8080\n"
+        "WATCHKEEPER_LEASE_TTL_S=6\nWATCHKEEPER_LEASE_RENEW_S=1\nWATCHKEEPER_LEASE_ATTEMPT_S=1\n"
+    )
+    for name, port in PORTS.items():
+        (config / f"{name}.env").write_text(f"WATCHKEEPER_HTTP_BIND=127.0.0.1:{port}\n")
+    with boot(
+        work,
+        program=installed / "opt" / "watchkeeper",
+        config=config,
+        units=installed / "etc" / "systemd" / "system",
+    ) as booted:
+        yield booted
+
+
+@pytest.fixture
+def service(host: Host) -> Iterator[str]:
+    """The service, started; `systemctl start` returns once it said READY."""
+    host.systemctl("start", "watchkeeper")
+    yield "watchkeeper.service"
+    host.systemctl("stop", "watchkeeper")
+    host.systemctl("reset-failed", "watchkeeper", check=False)
+
+
+def is_active_holder(host: Host, unit: str) -> bool:
+    return host.show(unit, "StatusText").startswith("ACTIVE")
+
+
+def daemon_of(host: Host, unit: str) -> int:
+    """The process that serves: the newest Python of the service (the warden is older)."""
+    found = host.processes(unit)
+    return max(pid for pid, line in found.items() if "python" in line)
+
+
+def test_a_started_service_is_ready_and_says_how_it_is(host: Host, service: str) -> None:
+    assert host.systemctl("is-active", service) == "active"
+    wait_until("ACTIVE in the status line", lambda: is_active_holder(host, service))
+    assert re.fullmatch(
+        r"ACTIVE, epoch \d+, 0 of 0 accounts connected", host.show(service, "StatusText")
+    )
+    assert host.show(service, "NRestarts") == "0"
+
+
+def test_the_service_runs_as_nobody_special_and_writes_only_its_state(
+    host: Host, service: str
+) -> None:
+    pid = daemon_of(host, service)
+    status = host.run("cat", f"/proc/{pid}/status").stdout
+    assert not re.search(r"^Uid:\s+0\b", status, re.MULTILINE)
+    assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    modes = host.run("stat", "-c", "%a", "/var/lib/private/watchkeeper").stdout.strip()
+    assert modes == "700"
+    secrets = host.run("cat", "/etc/watchkeeper/secrets/admin-token").stdout.strip()
+    seen = "".join(host.run("sh", "-c", f"cat /proc/{pid}/environ /proc/{pid}/cmdline").stdout)
+    assert secrets not in seen
+
+
+def test_stopping_one_of_two_services_hands_its_accounts_to_the_other(host: Host) -> None:
+    host.systemctl("start", "watchkeeper@a")
+    wait_until("a is ACTIVE", lambda: is_active_holder(host, "watchkeeper@a"))
+    host.systemctl("start", "watchkeeper@b")
+    assert host.show("watchkeeper@b", "StatusText").startswith("PASSIVE, lease held by a, epoch")
+    account = {"accountId": "anna", "name": "Anna"}
+    host.ask(PORTS["a"], "/api/whatsapp/accounts", method="POST", body=account)
+    host.ask(PORTS["a"], "/api/loopback/scan/anna", method="POST")
+    wait_until("the account is connected", lambda: status_of(host, "a", "anna") == "connected")
+
+    host.systemctl("stop", "watchkeeper@a")
+    took_s = wait_until("b is ACTIVE", lambda: is_active_holder(host, "watchkeeper@b"), 10)
+    assert took_s < 2.0
+    wait_until("the account is back", lambda: status_of(host, "b", "anna") == "connected")
+    message = {"accountId": "anna", "to": "4915112345678", "message": "Still here"}
+    answer = host.ask(PORTS["b"], "/api/whatsapp/send-message", method="POST", body=message)
+    assert answer["success"] is True
+    assert host.systemctl("is-failed", "watchkeeper@a", check=False) == "inactive"
+    host.systemctl("stop", "watchkeeper@b")
+
+
+def status_of(host: Host, instance: str, account_id: str) -> Any:
+    listed = host.ask(PORTS[instance], "/api/whatsapp/accounts")["accounts"]
+    return next(account["status"] for account in listed if account["accountId"] == account_id)
+
+
+def test_a_hung_daemon_is_killed_and_started_again(host: Host, service: str) -> None:
+    wait_until("ACTIVE", lambda: is_active_holder(host, service))
+    pid = daemon_of(host, service)
+    host.kill(signal.SIGSTOP, pid)
+    took_s = wait_until(
+        "another process serves",
+        lambda: (
+            host.systemctl("is-active", service, check=False) == "active"
+            and pid not in host.processes(service)
+            and is_active_holder(host, service)
+        ),
+        40,
+    )
+    print(f"hung -> ACTIVE again: {took_s:.1f} s")
+    assert int(host.show(service, "NRestarts")) >= 1
+
+
+def test_a_killed_service_is_back_by_itself(host: Host, service: str) -> None:
+    wait_until("ACTIVE", lambda: is_active_holder(host, service))
+    before = host.processes(service)
+    host.kill(signal.SIGKILL, *before)
+    took_s = wait_until(
+        "another process serves",
+        lambda: (
+            not before.keys() & host.processes(service).keys()
+            and host.systemctl("is-active", service, check=False) == "active"
+            and is_active_holder(host, service)
+        ),
+        40,
+    )
+    print(f"killed -> ACTIVE again: {took_s:.1f} s")
+
+
+def test_settings_that_cannot_work_fail_the_unit_once_and_the_log_says_what_to_do(
+    host: Host,
+) -> None:
+    # 5 + 2 x 1 + 1.5 s do not fit into a ttl of 6 s.
+    host.write("/etc/watchkeeper/bad.env", "WATCHKEEPER_LEASE_RENEW_S=5\n")
+    host.write(
+        "/etc/systemd/system/watchkeeper.service.d/bad.conf",
+        "[Service]\nEnvironmentFile=/etc/watchkeeper/bad.env\n",
+    )
+    host.systemctl("daemon-reload")
+    try:
+        host.systemctl("start", "watchkeeper", check=False)
+        wait_until(
+            "failed", lambda: host.systemctl("is-failed", "watchkeeper", check=False) == "failed"
+        )
+        assert host.show("watchkeeper", "NRestarts") == "0"
+        assert host.show("watchkeeper", "ExecMainStatus") == "2"
+        assert "Raise WATCHKEEPER_LEASE_TTL_S" in host.log("watchkeeper")
+    finally:
+        host.run("rm", "-r", "/etc/systemd/system/watchkeeper.service.d")
+        host.systemctl("daemon-reload")
+        host.systemctl("reset-failed", "watchkeeper", check=False)
