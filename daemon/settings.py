@@ -16,9 +16,10 @@ import difflib
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -537,12 +538,15 @@ def _gather(env_file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     problems: list[str] = []
-    for label, source in _open_sources(env_file, problems):
+    for label, open_source in _sources(env_file, problems):
         try:
-            found = source()
+            found = open_source()()
         except (OSError, UnicodeDecodeError, ValueError) as error:
             # The cause is named by its type only: a parser's message may quote the file.
-            problems.append(f"The {label} settings cannot be read ({type(error).__name__}).")
+            problems.append(
+                f"The {label} settings cannot be read ({type(error).__name__}): they must be "
+                "text in UTF-8 that this user may read."
+            )
             continue
         for key, value in found.items():
             field = "firestore_emulator_host" if key == "FIRESTORE_EMULATOR_HOST" else key
@@ -552,22 +556,22 @@ def _gather(env_file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     return values, sources, problems
 
 
-def _open_sources(
+def _sources(
     env_file: Path, problems: list[str]
-) -> Iterator[tuple[str, PydanticBaseSettingsSource]]:
-    """Yield the sources, weakest first."""
+) -> Iterator[tuple[str, Callable[[], PydanticBaseSettingsSource]]]:
+    """Yield how to open the sources, weakest first. Opening one may read it already."""
     secrets_dir = os.environ.get(SECRETS_DIR_VARIABLE)
     if secrets_dir:
         if Path(secrets_dir).is_dir():
-            yield "secret", SecretsSettingsSource(Settings, secrets_dir=secrets_dir)
+            yield "secret", partial(SecretsSettingsSource, Settings, secrets_dir=secrets_dir)
         else:
             problems.append(
                 f"{SECRETS_DIR_VARIABLE}: {secrets_dir} is not a directory. Create it, or unset "
                 "the variable."
             )
     if env_file.is_file():
-        yield ".env", DotEnvSettingsSource(Settings, env_file=env_file)
-    yield "env", EnvSettingsSource(Settings)
+        yield ".env", partial(DotEnvSettingsSource, Settings, env_file=env_file)
+    yield "env", partial(EnvSettingsSource, Settings)
 
 
 def _read_secret_files(values: dict[str, Any], sources: dict[str, str]) -> list[str]:

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import base64
+import os
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from daemon.settings import (
     PREFIX,
+    SECRET_FIELDS,
     Loaded,
     Settings,
     SettingsRefused,
@@ -25,8 +33,6 @@ KEY = base64.b64encode(bytes(range(32))).decode()
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of whoever runs the tests, and no `.env` of theirs."""
-    import os
-
     for name in list(os.environ):
         if name.startswith(PREFIX) or name == "FIRESTORE_EMULATOR_HOST":
             monkeypatch.delenv(name)
@@ -252,3 +258,102 @@ def test_bad_bind_addresses(text: str) -> None:
 def test_address_takes_the_port_that_was_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(monkeypatch, HTTP_BIND="[::1]:0").settings
     assert settings.address(4711) == "http://[::1]:4711"
+
+
+# --- anything ----------------------------------------------------------------------------------
+
+MARK = "sEcReT-9f2b7c"
+"""In each secret that is made up below; no sentence may repeat it."""
+
+VARIABLES = [variable_of(field) for field in Settings.model_fields]
+FEW = examples(
+    max_examples=150,
+    deadline=None,
+    # The environment and the directory are emptied before each example, not only each test.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+# What an environment can hold: any bytes but NUL, which Python shows as lone surrogates.
+characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+bad_bytes = st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"])
+texts = st.text(st.one_of(characters, bad_bytes), max_size=40)
+almost = st.sampled_from(
+    [
+        *("", " ", "0", "-1", "1e400", "nan", "inf", "1_000", "0x10", "9" * 400, "true", "null"),
+        *("127.0.0.1:8080", "[::1]:0", "[::]:8080", "0.0.0.0:80", "http://[", "http://h:99999"),
+        *("http://u:p@h", "//", "http://h/..", "sqlite", "firestore", "baileys", "remote", "local"),
+        *(".", "..", "/", "/dev/null", "a/b", "[]", "{}", '{"a": 1}', "a" * 100, KEY, TOKEN),
+    ]
+)
+secret_texts = st.one_of(
+    st.text(string.printable, max_size=20).map(lambda text: text + MARK),
+    st.just(base64.b64encode(MARK.encode()).decode()),
+    st.just(f"{KEY}\n{MARK}"),
+)
+SECRET_NAMES = [variable_of(field) for field in SECRET_FIELDS]
+environments = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(VARIABLES, st.one_of(almost, texts)),
+        **dict.fromkeys(SECRET_NAMES, secret_texts),
+    },
+)
+
+
+@contextmanager
+def only(environment: dict[str, str]) -> Iterator[None]:
+    """Exactly these variables, of those that settings are read from."""
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name in environment:
+            del os.environ[name]
+
+
+def outcome(env_file: Path = Path("no-such-file")) -> str:
+    """Every sentence that loading says; it says no in one way only."""
+    try:
+        loaded = load_settings(serving=True, env_file=env_file)
+    except SettingsRefused as refused:
+        return "\n".join((*refused.problems, repr(refused))) or pytest.fail("no reason was given")
+    # What was accepted can be asked for everything that a daemon asks of it.
+    loaded.settings.address()
+    loaded.settings.lease_timing()
+    loaded.settings.limits()
+    loaded.settings.encryption_key_bytes()
+    loaded.settings.encryption_keys_old_bytes()
+    return "\n".join((*loaded.warnings, repr(loaded)))
+
+
+@FEW
+@given(environments)
+def test_any_environment_is_accepted_or_refused_in_sentences_without_secrets(
+    environment: dict[str, str],
+) -> None:
+    with only(environment):
+        assert MARK not in outcome()
+
+
+@FEW
+@given(st.one_of(st.binary(max_size=200), st.lists(st.tuples(st.sampled_from(VARIABLES), texts))))
+def test_any_env_file_is_accepted_or_refused_in_sentences(
+    tmp_path: Path, content: bytes | list[tuple[str, str]]
+) -> None:
+    path = tmp_path / "settings.env"
+    if isinstance(content, list):
+        lines = "".join(f"{name}={value}\n" for name, value in content)
+        content = lines.encode(errors="surrogateescape")
+    path.write_bytes(content + f"\nWATCHKEEPER_ADMIN_TOKEN={MARK}".encode())
+    assert MARK not in outcome(path)
+
+
+@FEW
+@given(st.sampled_from(SECRET_FIELDS), st.binary(max_size=60))
+def test_any_secret_file_is_accepted_or_refused_in_sentences(
+    tmp_path: Path, field: str, content: bytes
+) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(MARK.encode() + content)
+    with only({variable_of(f"{field}_file"): str(path)}):
+        assert MARK not in outcome()
