@@ -23,7 +23,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -117,7 +117,7 @@ class BaileysImport:
 
     account_id: AccountId
     path: Path
-    keys: Mapping[KeyName, bytes]
+    keys: Mapping[KeyName, bytes] = field(repr=False)
     phone: str
     name: str
     registered: bool
@@ -553,12 +553,12 @@ def _read_creds(texts: Mapping[KeyName, bytes], limits: ImportLimits) -> _Facts:
         raise BaileysUnreadable(f"creds.json {fault}", _FROM_BACKUP)
     if not isinstance(creds, dict):
         raise BaileysUnreadable("creds.json does not hold credentials", _FROM_BACKUP)
-    for field, is_sound in _ESSENTIAL:
-        if field not in creds:
-            raise BaileysUnreadable(f"creds.json has no {field}", _FROM_BACKUP)
-        if not is_sound(creds[field]):
+    for name, is_sound in _ESSENTIAL:
+        if name not in creds:
+            raise BaileysUnreadable(f"creds.json has no {name}", _FROM_BACKUP)
+        if not is_sound(creds[name]):
             raise BaileysUnreadable(
-                f"creds.json has a {field} that baileys 7 cannot read", _FROM_BACKUP
+                f"creds.json has a {name} that baileys 7 cannot read", _FROM_BACKUP
             )
     me = creds.get("me")
     if not isinstance(me, dict):
@@ -581,8 +581,8 @@ def _read_creds(texts: Mapping[KeyName, bytes], limits: ImportLimits) -> _Facts:
 
 def _name_of(me: Mapping[str, object]) -> str | None:
     """The name that the account has given itself. `~` is Baileys' word for none."""
-    for field in ("name", "verifiedName", "notify"):
-        name = me.get(field)
+    for key in ("name", "verifiedName", "notify"):
+        name = me.get(key)
         if isinstance(name, str):
             shown = "".join(each for each in name if each.isprintable()).strip()[:NAME_CHARS_MAX]
             if shown and shown != "~":

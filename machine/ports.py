@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -353,7 +353,7 @@ class Connected:
 class QrShown:
     """A new QR code to scan, valid until `expires_at` (wall clock). Pairing only."""
 
-    qr: str
+    qr: str = field(repr=False)
     expires_at: float
 
 
@@ -493,7 +493,7 @@ class LegacyAccount:
     account_id: AccountId
     name: str
     phone: str | None
-    keys: Mapping[KeyName, bytes]
+    keys: Mapping[KeyName, bytes] = field(repr=False)
     notes: tuple[tuple[str, str], ...] = ()
 
 

@@ -1,5 +1,7 @@
 """The facts that travel between the machine and its stores: frozen, comparable, without behaviour.
 
+Keys and texts of messages are in no `repr`: an error or a log line may quote one of these.
+
 Never lives here: anything that waits, and any word that belongs to one adapter only.
 Moments called `…_at` are seconds since 1970 (wall clock), for people; no decision compares them
 between two hosts.
@@ -95,7 +97,7 @@ class AccountCopy:
 
     account: Account
     version: Version
-    parts: Mapping[PartName, bytes]
+    parts: Mapping[PartName, bytes] = field(repr=False)
     complete: bool
     stamp: Stamp | None = None
     commit_id: str = ""
@@ -113,7 +115,7 @@ class KeyChange:
     `None` deletes a key. `creds`, when present, is a complete new value.
     """
 
-    values: Mapping[KeyName, bytes | None]
+    values: Mapping[KeyName, bytes | None] = field(repr=False)
 
 
 class MessageState(StrEnum):
@@ -138,7 +140,7 @@ class Message:
     account_id: AccountId
     to: str
     """The recipient's phone number in international form, digits only."""
-    text: str
+    text: str = field(repr=False)
     state: MessageState
     epoch: int
     created_at: float
@@ -322,7 +324,7 @@ class AccountCommit:
     account: Account
     version: Version
     stamp: Stamp
-    parts: Mapping[PartName, bytes | None] = field(default_factory=dict)
+    parts: Mapping[PartName, bytes | None] = field(default_factory=dict, repr=False)
     """The changed parts only; `None` deletes one. `MAIN_PART` is among them when any part is."""
     new_messages: tuple[Message, ...] = ()
     """Must not exist yet: `MessageExists` otherwise, and nothing at all is written."""

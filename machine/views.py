@@ -48,7 +48,7 @@ class AccountView:
 class QrCode:
     """A QR code to scan now; `expires_at` is wall time."""
 
-    qr: str
+    qr: str = field(repr=False)
     expires_at: float
 
 
@@ -56,7 +56,7 @@ class QrCode:
 class PairingCode:
     """A code to type on the phone; `expires_at` is wall time."""
 
-    code: str
+    code: str = field(repr=False)
     expires_at: float
 
 

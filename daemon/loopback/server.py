@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,7 +58,7 @@ class Envelope:
 
     message_id: MessageId
     to: str
-    text: str
+    text: str = field(repr=False)
     session: Session
 
 
@@ -79,7 +79,7 @@ class Arrival:
     account_id: AccountId
     to: str
     message_id: MessageId
-    text: str
+    text: str = field(repr=False)
     at: float
     readable: bool
     """False: encrypted at a ratchet position that was used before, the recipient sees no text."""

@@ -75,6 +75,18 @@ def differences(directory: Path, keys: Mapping[KeyName, bytes]) -> tuple[int, li
     return answer["compared"], answer["differs"]
 
 
+def fingerprints(directory: Path) -> dict[str, tuple[str, int, int]]:
+    """Contents, mode and time of change of everything below a directory."""
+    return {
+        str(path): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+        )
+        for path in [directory, *directory.rglob("*")]
+    }
+
+
 def _node(*arguments: str) -> str:
     done = subprocess.run(
         ["node", str(HERE / "generate.mjs"), *arguments],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from daemon.baileys_import import (
 )
 from machine.ports import LegacyAccount, LegacyFault, LegacySource, StoreMisconfigured
 from machine.records import AccountId, KeyChange, KeyName, Version
-from tests.baileys.directories import differences
+from tests.baileys.directories import differences, fingerprints
 
 pytestmark = pytest.mark.node
 
@@ -53,18 +52,6 @@ def edit_creds(account: Path, edit: Callable[[dict[str, object]], object]) -> No
     creds = json.loads((account / "creds.json").read_text())
     edit(creds)
     (account / "creds.json").write_text(json.dumps(creds))
-
-
-def fingerprints(directory: Path) -> dict[str, tuple[str, int, int]]:
-    """Contents, mode and time of change of everything below a directory."""
-    return {
-        str(path): (
-            hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
-            path.stat().st_mode,
-            path.stat().st_mtime_ns,
-        )
-        for path in [directory, *directory.rglob("*")]
-    }
 
 
 def quarantine(account: Path) -> BaileysUnreadable:
