@@ -24,6 +24,8 @@ import daemon
 from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
 from daemon.baileys_import import LegacyDirectories
 from daemon.http.app import serve_api, serve_metrics
+from daemon.http.documented import WITH_BODY, errors
+from daemon.http.errors import ErrorCode
 from daemon.http.events import HTTP_EVENTS
 from daemon.http.ports import ApiSettings
 from daemon.http.server import BindFailed, Listening, bind_http, raise_files_limit
@@ -63,6 +65,10 @@ DAEMON_EVENTS = {
     "store.troubled": EventKind(Level.WARNING, "{sentence}"),
 }
 """What only the composition root tells."""
+
+
+LOOPBACK_ERRORS = (ErrorCode.NOT_AWAITING_SCAN, ErrorCode.STORE_UNAVAILABLE, *WITH_BODY)
+"""What the loopback world's routes can be answered, besides what every route can."""
 
 
 class HostClocks:
@@ -151,7 +157,8 @@ async def open_connector(settings: Settings) -> AsyncIterator[Parts]:
     world = LoopbackWorld(settings.loopback_dir, clocks=clocks)
     try:
         yield Parts(
-            LoopbackConnector(settings.loopback_dir, clocks=clocks), (loopback_router(world),)
+            LoopbackConnector(settings.loopback_dir, clocks=clocks),
+            (loopback_router(world, errors(*LOOPBACK_ERRORS)),),
         )
     finally:
         world.close()

@@ -11,6 +11,7 @@ import trio
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from daemon.http import accounts, messages, operations, status
 from daemon.http.api import Api, inbound_of
@@ -35,7 +36,8 @@ def silent(event: str, /, **fields: object) -> None:
 
 def make_routes(api: Api, routers: Sequence[APIRouter] = ()) -> FastAPI:
     """The routes, with every error turned into its documented answer."""
-    app = FastAPI(title="Watchkeeper", version=api.settings.version)
+    # A redirect would lead wherever the caller's Host header says; a 404 says what is wrong.
+    app = FastAPI(title="Watchkeeper", version=api.settings.version, redirect_slashes=False)
     app.state.api = api
     for router in (
         accounts.router,
@@ -232,13 +234,26 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """FastAPI's own: no such path, no such method, a body that it cannot read."""
     assert isinstance(error, HTTPException)
     path = request.url.path
+    if error.status_code == 405:
+        told = ApiError(ErrorCode.METHOD_NOT_ALLOWED, f"Not {request.method} here: see /docs.")
+        response = await _on_api_error(request, told)
+        response.headers["allow"] = ", ".join(sorted(_methods_of_path(request)))
+        return response
     if error.status_code == 404:
         told = ApiError(ErrorCode.NOT_FOUND, f"There is no {path[:200]}: see /docs.")
-    elif error.status_code == 405:
-        told = ApiError(ErrorCode.METHOD_NOT_ALLOWED, f"Not {request.method} here: see /docs.")
     else:
         told = ApiError(ErrorCode.INVALID_REQUEST, "The body cannot be read as JSON.")
     return await _on_api_error(request, told)
+
+
+def _methods_of_path(request: Request) -> set[str]:
+    """Every method that the path has. (Starlette's own list is the first route's alone.)"""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            methods |= route.methods
+    return methods
 
 
 def _wrong(found: dict[str, Any]) -> str:

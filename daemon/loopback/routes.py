@@ -6,11 +6,11 @@ errors look (the application turns refusals and validation errors into its own).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.alias_generators import to_camel
 
 from daemon.loopback.behaviour import (
@@ -26,8 +26,6 @@ from daemon.loopback.server import Arrival
 from daemon.loopback.world import MESSAGES_PAGE_MAX, LoopbackWorld
 from machine.records import AccountId
 
-T = TypeVar("T")
-
 
 def _one_of(codes: frozenset[int]) -> Callable[[int], int]:
     def check(value: int) -> int:
@@ -38,6 +36,10 @@ def _one_of(codes: frozenset[int]) -> Callable[[int], int]:
     return check
 
 
+def _documented(codes: frozenset[int]) -> WithJsonSchema:
+    return WithJsonSchema({"type": "integer", "enum": sorted(codes)})
+
+
 ACCOUNT = r"^[A-Za-z0-9._-]{1,64}$"
 
 AccountPath = Annotated[str, Path(pattern=ACCOUNT, examples=["sales"])]
@@ -45,14 +47,16 @@ AccountQuery = Annotated[str | None, Query(alias="accountId", pattern=ACCOUNT)]
 Phone = Annotated[str, Field(pattern=r"^[0-9]{5,20}$", examples=["4915112345678"])]
 DelayS = Annotated[float, Field(ge=0, le=DELAY_S_MAX, description="Seconds.")]
 Times = Annotated[int, Field(ge=1, le=TIMES_MAX)]
-CloseCode = Annotated[int, AfterValidator(_one_of(CLOSE_CODES))]
-AckError = Annotated[int, AfterValidator(_one_of(ACK_ERRORS))]
+CloseCode = Annotated[int, AfterValidator(_one_of(CLOSE_CODES)), _documented(CLOSE_CODES)]
+AckError = Annotated[int, AfterValidator(_one_of(ACK_ERRORS)), _documented(ACK_ERRORS)]
 
 
 class LoopbackModel(BaseModel):
     """Names in camelCase, in and out; unknown ones are refused."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid")
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", strict=True
+    )
 
 
 class ScanRequest(LoopbackModel):
@@ -167,12 +171,17 @@ class CountAnswer(LoopbackModel):
     count: int = Field(examples=[1])
 
 
-def loopback_router(world: LoopbackWorld) -> APIRouter:
+def loopback_router(
+    world: LoopbackWorld, responses: Mapping[int | str, dict[str, Any]] | None = None
+) -> APIRouter:
     """The routes on `world`, under `/api/loopback`.
 
-    They raise `machine.refusals.NotAwaitingScan` and `machine.ports.StoreUnavailable`.
+    They raise `machine.refusals.NotAwaitingScan` and `machine.ports.StoreUnavailable`;
+    `responses` documents what the application makes of these, and of requests that it refuses.
     """
-    router = APIRouter(prefix="/api/loopback", tags=["loopback"])
+    router = APIRouter(
+        prefix="/api/loopback", tags=["loopback"], responses=dict(responses) if responses else None
+    )
     _add_phone(router, world)
     _add_recipients(router, world)
     _add_commands(router, world)

@@ -195,6 +195,13 @@ async def test_unknown_path_and_method_have_their_codes(api: Asking) -> None:
     assert (await api.get("/api/nothing")).json()["error"] == "not_found"
     answer = await api.client.put("/api/whatsapp/accounts")
     assert (answer.status_code, answer.json()["error"]) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "GET, POST"
+
+
+async def test_a_path_with_a_slash_too_many_is_not_found_and_leads_nowhere(api: Asking) -> None:
+    answer = await api.get("/api/whatsapp/accounts/", headers={"host": "elsewhere.invalid"})
+    assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+    assert "location" not in answer.headers
 
 
 async def test_slow_body_is_408(instance: FakeInstance, autojump_clock: object) -> None:

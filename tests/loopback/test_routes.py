@@ -113,6 +113,8 @@ async def test_commands_over_http(
         ("cut/anna", {"code": 999}),
         ("behaviour", {"ackRefused": 500}),
         ("behaviour", {"ackDelayS": -1}),
+        ("behaviour", {"ackDelayS": False}),
+        ("behaviour", {"ackTimes": "1"}),
         ("behaviour", {"ackDelay": 1}),
         ("behaviour", {"ackLost": True, "ackRefused": 463}),
     ],
