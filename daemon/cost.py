@@ -26,8 +26,8 @@ FREE_WRITES_PER_DAY = 20_000
 FREE_DELETES_PER_DAY = 20_000
 """One database in a project has this quota for nothing (same source)."""
 
-DOCUMENTS_PER_LOOK = 2
-"""A candidate reads lease and fence together; both are billed."""
+DOCUMENTS_PER_ACQUISITION = 3
+"""The heartbeat that is found expired or released, then lease and fence together."""
 
 WRITES_PER_MESSAGE = 9
 """Accepted: message and account. Acknowledged: message, account, one bucket of keys. Delivered
@@ -63,9 +63,9 @@ class Cost:
 def costs(settings: Settings, load: Load) -> tuple[Cost, ...]:
     """Every kind of work with its operations a month, of a group with these settings."""
     renewals = MONTH_S / settings.lease_renew_s
-    # A look sees a renewal that is half an interval old on average; the next look comes when
-    # that one would expire.
-    look_every_s = settings.lease_ttl_s - settings.lease_renew_s / 2
+    # A look comes when the newest renewal that the last one saw would expire: right after the
+    # last of the renewals that fit into a ttl.
+    look_every_s = settings.lease_renew_s * (settings.lease_ttl_s // settings.lease_renew_s)
     looks = MONTH_S / look_every_s * load.standbys
     warms = MONTH_S / settings.warm_every_s * load.standbys
     activations = load.deploys_per_day * DAYS
@@ -78,8 +78,8 @@ def costs(settings: Settings, load: Load) -> tuple[Cost, ...]:
         ),
         Cost(
             f"{load.standbys} standby: watching the lease",
-            f"{DOCUMENTS_PER_LOOK} reads every {look_every_s:g} s (ttl - renew/2)",
-            reads=looks * DOCUMENTS_PER_LOOK,
+            f"one read every {look_every_s:g} s (the whole renewals in a ttl)",
+            reads=looks,
         ),
         Cost(
             f"{load.standbys} standby: keeping its copy warm",
@@ -89,7 +89,7 @@ def costs(settings: Settings, load: Load) -> tuple[Cost, ...]:
         Cost(
             "deploys: restoring",
             f"{load.accounts} accounts read and sealed, {load.deploys_per_day:g} times a day",
-            reads=activations * (load.accounts + DOCUMENTS_PER_LOOK),
+            reads=activations * (load.accounts + DOCUMENTS_PER_ACQUISITION),
             writes=activations * (load.accounts + 4),
         ),
         Cost(

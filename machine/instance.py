@@ -26,6 +26,7 @@ from machine.lease import (
     describe_holder,
     release,
     try_acquire,
+    with_heartbeat,
 )
 from machine.limits import Durability, Limits
 from machine.ports import (
@@ -54,6 +55,11 @@ from machine.views import AccountView, Holder, LeaseStatus, RestoreReport
 
 LOOK_BACKOFF = Backoff(first_s=0.25, factor=2.0, cap_s=5.0, jitter=0.5)
 LOOK_INTERVAL_MIN_S = 0.01
+LOOK_LATE_S = 0.1
+"""How long after an expected expiry a standby looks. A ttl is a whole number of renewals, as a
+rule, so one is due in that very moment: a look just before it would have to be repeated sooner."""
+PAUSED_LOOK_S = 30.0
+"""How often a standby looks whether a pause is over, if it hears nothing."""
 BOOT_BACKOFF = Backoff(first_s=0.1, factor=2.0, cap_s=1.0, jitter=0.5)
 BOOT_TRIES_MAX = 3
 
@@ -283,34 +289,70 @@ class Instance:
         Wakes at the expected expiry and at each change of the fence, not in between.
         """
         failures = 0
+        known: LeaseView | None = None
         while self._drain_reason is None:
             # Before the read: a change that comes during it must not be slept through.
             self._fence_moved = moved = trio.Event()
-            now = trio.current_time()
             try:
-                with trio.fail_after(self._timing.attempt_s):
-                    view = await self._ports.lease.read()
+                view, asked_at = await self._look(known)
             except UNCERTAIN as error:
                 failures += 1
+                known = None
                 await self._tell_unreadable(error, failures, moved)
                 continue
             failures = 0
-            self._see(view, trio.current_time())
-            wait_s = max(
-                self._sighting.free_in(view, self.identity, now, self._limits.handoff_grace_s),
-                self._stand_back_until - now,
-            )
+            wait_s = self._wait_s(view, asked_at)
             if wait_s > 0:
-                # Woken a hair before the expiry, we would look again and again until it comes.
-                soonest = trio.current_time() + LOOK_INTERVAL_MIN_S
-                await self._wait_moved(moved, max(now + wait_s, soonest))
+                await self._wait_moved(moved, self._next_look(view, asked_at, wait_s))
+                known = None if moved.is_set() else view
                 continue
+            known = None
             if view.lease.incarnation != self.identity.incarnation:
                 await trio.sleep(self._ports.rng.uniform(0, ACQUIRE_JITTER_S))
             held = await self._try_acquire(view)
             if held is not None:
                 return held
         return None
+
+    async def _look(self, known: LeaseView | None) -> tuple[LeaseView, float]:
+        """The documents as they are, and Trio's clock before they were read.
+
+        `known`: as they were at the last look, if nothing was heard since. Then the heartbeat is
+        read alone (it is what a standby pays for), and both when it leaves anything to decide.
+        """
+        if known is not None:
+            asked_at = trio.current_time()
+            with trio.fail_after(self._timing.attempt_s):
+                beat = await self._ports.lease.read_heartbeat()
+            view = with_heartbeat(known, beat)
+            if view is not None:
+                self._view, self._seen_at = view, trio.current_time()
+                self._sighting.see(view, self._seen_at)
+                if self._wait_s(view, asked_at) > 0:
+                    return view, asked_at
+        asked_at = trio.current_time()
+        with trio.fail_after(self._timing.attempt_s):
+            view = await self._ports.lease.read()
+        self._see(view, trio.current_time())
+        return view, asked_at
+
+    def _wait_s(self, view: LeaseView, asked_at: float) -> float:
+        """Seconds from `asked_at`, before `view` was read, until we may take the lease."""
+        grace_s = self._limits.handoff_grace_s
+        return max(
+            self._sighting.free_in(view, self.identity, asked_at, grace_s),
+            self._stand_back_until - asked_at,
+        )
+
+    def _next_look(self, view: LeaseView, asked_at: float, wait_s: float) -> float:
+        """When to look again, on Trio's clock, if nothing is heard until then."""
+        if view.fence.paused:
+            # The listener only accelerates: that the pause is over is found without it too.
+            wait_s = min(wait_s, PAUSED_LOOK_S)
+        elif view.lease.state is LeaseState.HELD:
+            wait_s += LOOK_LATE_S
+        # Woken a hair too early, we would look again and again until the moment comes.
+        return max(asked_at + wait_s, trio.current_time() + LOOK_INTERVAL_MIN_S)
 
     async def _try_acquire(self, view: LeaseView) -> HeldLease | None:
         floor = self._epoch_floor

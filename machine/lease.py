@@ -32,6 +32,7 @@ from machine.records import (
     Fence,
     FenceChange,
     Grant,
+    Heartbeat,
     Identity,
     Lease,
     LeaseState,
@@ -256,6 +257,24 @@ class Sighting:
         if view.fence.state is LeaseState.HANDOFF and view.fence.handoff_to != me.name:
             return max(0.0, self.handoff_seen_at + handoff_grace_s - now)
         return 0.0
+
+
+def with_heartbeat(view: LeaseView, beat: Heartbeat) -> LeaseView | None:
+    """`view` as of a newer heartbeat of the same holder; `None` when both must be read.
+
+    While the same incarnation holds the lease under the fence's epoch, what else the fence says is
+    for that holder to heed.
+    """
+    was, lease = view.lease, beat.lease
+    same = (lease.holder, lease.incarnation, lease.epoch, lease.state) == (
+        was.holder,
+        was.incarnation,
+        view.fence.epoch,
+        LeaseState.HELD,
+    )
+    if not same:
+        return None
+    return replace(view, lease=lease, lease_stamp=beat.lease_stamp, age_s=beat.age_s)
 
 
 def make_nonce(rng: random.Random) -> str:

@@ -26,6 +26,7 @@ from machine.records import (
     AccountId,
     Fence,
     Grant,
+    Heartbeat,
     InboundMessage,
     InboxEntry,
     InboxPlace,
@@ -79,12 +80,19 @@ class LeaseRefused(Exception):
 
 
 class LeaseStore(Protocol):
-    """Two documents, read together, written in one conditional commit."""
+    """Two documents, written in one conditional commit."""
 
     async def read(self) -> LeaseView:
         """Read lease and fence in one call, outside any transaction.
 
         Raises `LeaseMissing`, `StoreUnavailable`, `StoreMisconfigured`.
+        """
+        ...
+
+    async def read_heartbeat(self) -> Heartbeat:
+        """Read the lease alone: half the price, and enough to see that it is still held.
+
+        Raises as `read`; `LeaseMissing` for the lease only.
         """
         ...
 

@@ -277,6 +277,15 @@ class LeaseView:
 
 
 @dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The lease document alone, as one read saw it. `age_s`: as in `LeaseView`."""
+
+    lease: Lease
+    lease_stamp: Stamp
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseWrite:
     """One conditional commit: everything it depends on is a value in here, fixed before the await.
 

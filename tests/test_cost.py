@@ -18,9 +18,13 @@ def test_renewals_at_the_defaults_are_what_the_design_says() -> None:
     assert holder.dollars == pytest.approx(0.93, abs=0.01)
 
 
-def test_standby_looks_when_the_renewal_it_saw_would_expire() -> None:
-    # 15 s less the 2.5 s that a renewal is old on average, two documents each.
-    assert round(costs(Settings(), LEASE_ONLY)[1].reads) == 2 * 30 * 86_400 / 12.5
+def test_standby_reads_one_document_when_the_renewal_it_saw_would_expire() -> None:
+    standby = costs(Settings(), LEASE_ONLY)[1]
+    assert round(standby.reads) == 30 * 86_400 / 15
+    assert standby.dollars == pytest.approx(0.10, abs=0.01)
+    # It sees the renewal at 8 s when the one at 0 s would expire, and looks again 8 s later.
+    uneven = Settings(lease_ttl_s=10, lease_renew_s=4)
+    assert round(costs(uneven, LEASE_ONLY)[1].reads) == 30 * 86_400 / 8
 
 
 def test_the_lease_alone_fits_the_free_quota() -> None:

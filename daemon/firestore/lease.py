@@ -7,8 +7,8 @@ decision about who may act.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
 import grpc
 import trio
@@ -40,6 +40,7 @@ from machine.records import (
     FENCE_HISTORY_MAX,
     Fence,
     FenceChange,
+    Heartbeat,
     Lease,
     LeaseStamps,
     LeaseState,
@@ -94,20 +95,24 @@ class FirestoreLeaseStore(LeaseStore):
         # (BatchGetDocumentsResponse.read_time), so the latest is the age of both.
         read_times = [answer.read_time for answer in found.values()]
         read_time = max(read_times, key=lambda moment: (moment.seconds, moment.nanos))
-        lease, fence = found[self._lease].found, found[self._fence].found
-        try:
+        fence = found[self._fence].found
+        with _told_as_format():
+            beat = _heartbeat(found[self._lease].found, read_time)
             return LeaseView(
-                lease=_read_lease(lease),
+                lease=beat.lease,
                 fence=_read_fence(fence),
-                lease_stamp=stamp_of(lease),
+                lease_stamp=beat.lease_stamp,
                 fence_stamp=stamp_of(fence),
-                age_s=max(0.0, seconds_between(lease.update_time, read_time)),
+                age_s=beat.age_s,
             )
-        except MalformedDocument as error:
-            raise StoreMisconfigured(
-                f"the lease in {COLLECTION}/ is not of our format: {error}; another program or a "
-                "newer version writes it"
-            ) from error
+
+    async def read_heartbeat(self) -> Heartbeat:
+        answers = await self._client.batch_get([self._lease], line=Line.HEARTBEAT)
+        for answer in answers:
+            if answer.HasField("found"):
+                with _told_as_format():
+                    return _heartbeat(answer.found, answer.read_time)
+        raise LeaseMissing(_missing_sentence([self._lease]))
 
     async def write(self, write: LeaseWrite) -> LeaseStamps:
         writes: list[Proto] = []
@@ -278,6 +283,18 @@ class _Newest:
             self._send.send_nowait(fence)
 
 
+@contextmanager
+def _told_as_format() -> Iterator[None]:
+    """Tell a document that cannot be read as what it is for an operator."""
+    try:
+        yield
+    except MalformedDocument as error:
+        raise StoreMisconfigured(
+            f"the lease in {COLLECTION}/ is not of our format: {error}; another program or a "
+            "newer version writes it"
+        ) from error
+
+
 def _status_of(code: int) -> grpc.StatusCode:
     for status in grpc.StatusCode:
         if status.value[0] == code:
@@ -311,6 +328,11 @@ def _read_lease(document: Proto) -> Lease:
         ttl_s=fields.integer("ttlMs") / 1000,
         state=_state(fields.text("state")),
     )
+
+
+def _heartbeat(document: Proto, read_time: Proto) -> Heartbeat:
+    age_s = max(0.0, seconds_between(document.update_time, read_time))
+    return Heartbeat(_read_lease(document), stamp_of(document), age_s)
 
 
 def _fence_values(fence: Fence) -> dict[str, FieldValue]:

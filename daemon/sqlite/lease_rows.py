@@ -14,6 +14,7 @@ from machine.ports import LeaseMissing, LeaseRefused, StoreMisconfigured
 from machine.records import (
     Fence,
     FenceChange,
+    Heartbeat,
     Lease,
     LeaseStamps,
     LeaseState,
@@ -71,21 +72,32 @@ def new_stamp() -> Stamp:
 
 def read(connection: sqlite3.Connection, boot: Boot) -> LeaseView:
     """Both documents. Raises `LeaseMissing`, `StoreMisconfigured`."""
-    lease_row = connection.execute(
+    beat = read_heartbeat(connection, boot)
+    found = read_fence(connection)
+    if found is None:
+        raise _missing("fence")
+    return LeaseView(beat.lease, found[0], beat.lease_stamp, found[1], beat.age_s)
+
+
+def read_heartbeat(connection: sqlite3.Connection, boot: Boot) -> Heartbeat:
+    """The lease alone. Raises `LeaseMissing`, `StoreMisconfigured`."""
+    row = connection.execute(
         "SELECT holder, incarnation, epoch, nonce, ttl_s, state, stamp, boot_id, written_at"
         " FROM lease"
     ).fetchone()
-    found = read_fence(connection)
-    if lease_row is None or found is None:
-        missing = "lease" if lease_row is None else "fence"
-        raise LeaseMissing(f"the {missing} is missing: run `watchkeeper init` if that is expected")
-    holder, incarnation, epoch, nonce, ttl_s, state, stamp, boot_id, written_at = lease_row
+    if row is None:
+        raise _missing("lease")
+    holder, incarnation, epoch, nonce, ttl_s, state, stamp, boot_id, written_at = row
     try:
         lease = Lease(holder, incarnation, epoch, nonce, ttl_s, LeaseState(state))
     except ValueError as error:
         raise StoreMisconfigured(f"the lease cannot be read: {error}") from error
     age_s = boot.boottime() - written_at if boot_id == boot.boot_id else math.inf
-    return LeaseView(lease, found[0], Stamp(stamp), found[1], max(0.0, age_s))
+    return Heartbeat(lease, Stamp(stamp), max(0.0, age_s))
+
+
+def _missing(which: str) -> LeaseMissing:
+    return LeaseMissing(f"the {which} is missing: run `watchkeeper init` if that is expected")
 
 
 def read_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:

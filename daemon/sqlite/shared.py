@@ -28,6 +28,7 @@ from machine.records import (
     AccountId,
     Fence,
     Grant,
+    Heartbeat,
     LeaseStamps,
     LeaseView,
     LeaseWrite,
@@ -135,6 +136,9 @@ class SqliteSharedStore:
 
     async def read(self) -> LeaseView:
         return await self._lease.read(lambda db: lease_rows.read(db, self._boot))
+
+    async def read_heartbeat(self) -> Heartbeat:
+        return await self._lease.read(lambda db: lease_rows.read_heartbeat(db, self._boot))
 
     async def write(self, write: LeaseWrite) -> LeaseStamps:
         return await self._lease.write(lambda db: lease_rows.write(db, self._boot, write))

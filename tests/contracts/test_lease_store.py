@@ -62,6 +62,36 @@ async def test_write_to_a_missing_document_creates_nothing(world: SharedWorld) -
         await world.lease.read()
 
 
+async def test_the_heartbeat_alone_is_the_same_lease(world: SharedWorld) -> None:
+    with pytest.raises(LeaseMissing):
+        await world.lease.read_heartbeat()
+    await world.lease.initialise()
+    await acquire(world.lease, "a")
+    await world.age_lease(0.5)
+    view, beat = await world.lease.read(), await world.lease.read_heartbeat()
+    assert (beat.lease, beat.lease_stamp) == (view.lease, view.lease_stamp)
+    assert view.age_s - SLACK_S <= beat.age_s <= view.age_s + 5.0
+    stamps = await world.lease.write(
+        LeaseWrite(lease=a_lease("a", nonce="again"), lease_stamp=beat.lease_stamp)
+    )
+    after = await world.lease.read_heartbeat()
+    assert (after.lease.nonce, after.lease_stamp) == ("again", stamps.lease_stamp)
+    assert after.age_s < beat.age_s
+
+
+@pytest.mark.parametrize(("which", "there"), [("lease", False), ("fence", True)])
+async def test_the_heartbeat_does_not_ask_for_the_fence(
+    world: SharedWorld, which: Document, there: bool
+) -> None:
+    await world.lease.initialise(epoch=4)
+    await world.delete_document(which)
+    if there:
+        assert (await world.lease.read_heartbeat()).lease.epoch == 4
+    else:
+        with pytest.raises(LeaseMissing):
+            await world.lease.read_heartbeat()
+
+
 async def test_initialise_makes_both_documents_released(world: SharedWorld) -> None:
     assert await world.lease.initialise(epoch=7)
     view = await world.lease.read()

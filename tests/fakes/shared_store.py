@@ -33,6 +33,7 @@ from machine.records import (
     AccountId,
     Fence,
     Grant,
+    Heartbeat,
     Lease,
     LeaseStamps,
     LeaseState,
@@ -128,7 +129,7 @@ class _Watcher:
 
     def offer(self, fence: Fence) -> None:
         """Leave `fence` as the only one to read. A cut client hears nothing."""
-        if self.store.partitioned:
+        if self.store.partitioned or self.store.deaf:
             return
         try:
             self.send.send_nowait(fence)
@@ -197,6 +198,12 @@ class FakeSharedState:
         fence, fence_stamp = self.fence
         age_s = trio.current_time() - written_at
         return LeaseView(lease, fence, lease_stamp, fence_stamp, age_s)
+
+    def read_heartbeat(self) -> Heartbeat:
+        if self.lease is None:
+            raise LeaseMissing("the lease document does not exist")
+        lease, lease_stamp, written_at = self.lease
+        return Heartbeat(lease, lease_stamp, trio.current_time() - written_at)
 
     def write_lease(self, write: LeaseWrite) -> LeaseStamps:
         for wanted, expected, stored in (
@@ -373,6 +380,8 @@ class FakeSharedStore:
         self.calls: dict[str, int] = {}
         self._planned: dict[str, deque[Passage]] = {}
         self._partitioned = False
+        self.deaf = False
+        """Nothing of the fence's listener comes through; calls do."""
 
     def client(self) -> FakeSharedStore:
         """Another client of the same state, in calm weather."""
@@ -447,6 +456,9 @@ class FakeSharedStore:
 
     async def read(self) -> LeaseView:
         return await self._ask("read", self.state.read_lease)
+
+    async def read_heartbeat(self) -> Heartbeat:
+        return await self._ask("read_heartbeat", self.state.read_heartbeat)
 
     async def write(self, write: LeaseWrite) -> LeaseStamps:
         return await self._ask("write", lambda: self.state.write_lease(write))

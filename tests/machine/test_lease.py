@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from machine.instance import PAUSED_LOOK_S
 from machine.lease import (
     HeldLease,
     LeaseLost,
@@ -19,14 +20,17 @@ from machine.lease import (
     release,
     renew_once,
     try_acquire,
+    with_heartbeat,
 )
 from machine.records import (
     FENCE_HISTORY_MAX,
+    Heartbeat,
     Identity,
     Lease,
     LeaseState,
     LeaseView,
     LeaseWrite,
+    Stamp,
     Version,
 )
 from machine.states import State
@@ -61,7 +65,7 @@ class Tenure:
         self.reason = reason
 
 
-class Desk:
+class Claimant:
     """One candidate or holder of a group that is initialised and free."""
 
     def __init__(self, store: FakeSharedStore | None = None, me: Identity = ME) -> None:
@@ -104,8 +108,8 @@ class Desk:
             handoff_to=handoff_to,
         )
 
-    def other(self) -> Desk:
-        return Desk(self.store.client(), OTHER)
+    def other(self) -> Claimant:
+        return Claimant(self.store.client(), OTHER)
 
     def rewrite(self, **fence: object) -> None:
         """Change the fence as an operator does."""
@@ -144,22 +148,22 @@ def test_the_term_is_shorter_than_the_promise_by_margin_and_drift() -> None:
 
 
 async def test_a_slow_grant_counts_from_before_the_question(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    desk.store.delay(0.5, 1.0)
+    claimant = Claimant()
+    claimant.store.delay(0.5, 1.0)
     began = trio.current_time()
-    held = await desk.hold()
+    held = await claimant.hold()
     assert trio.current_time() == began + 1.5
     assert held.deadline == began + TIMING.term_s
     assert held.boot_deadline == began + TIMING.term_s
 
 
 async def test_a_slow_renewal_counts_from_before_the_question(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
+    claimant = Claimant()
+    held = await claimant.hold()
     await trio.sleep(5)
-    desk.store.delay(0.5, 1.0)
+    claimant.store.delay(0.5, 1.0)
     began = trio.current_time()
-    assert await desk.renew(held)
+    assert await claimant.renew(held)
     assert held.deadline == began + TIMING.term_s
     assert held.asked_at == began
 
@@ -168,89 +172,89 @@ async def test_a_slow_renewal_counts_from_before_the_question(autojump_clock: Mo
 async def test_a_renewal_without_an_answer_is_recognised_by_its_nonce(
     autojump_clock: MockClock, slow_s: float
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
+    claimant = Claimant()
+    held = await claimant.hold()
     await trio.sleep(5)
-    desk.store.schedule("write", LOST_REPLY)
-    desk.store.schedule("read", Passage(reply_s=slow_s))
+    claimant.store.schedule("write", LOST_REPLY)
+    claimant.store.schedule("read", Passage(reply_s=slow_s))
     began = trio.current_time()
-    assert await desk.renew(held)
+    assert await claimant.renew(held)
     # Two seconds for the attempt, the read on top: the deadline is that attempt's all the same.
     assert trio.current_time() == began + TIMING.attempt_s + slow_s
     assert held.deadline == began + TIMING.term_s
-    assert held.lease_stamp == desk.view().lease_stamp
-    assert await desk.renew(held)
+    assert held.lease_stamp == claimant.view().lease_stamp
+    assert await claimant.renew(held)
 
 
 async def test_mine_with_an_older_nonce_extends_nothing_and_is_asked_again(
     autojump_clock: MockClock,
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
+    claimant = Claimant()
+    held = await claimant.hold()
     deadline = held.deadline
     await trio.sleep(5)
-    desk.store.schedule("write", LOST_REQUEST)
-    assert not await desk.renew(held)
+    claimant.store.schedule("write", LOST_REQUEST)
+    assert not await claimant.renew(held)
     assert held.deadline == deadline
-    assert await desk.renew(held)
+    assert await claimant.renew(held)
 
 
 async def test_an_attempt_that_arrives_late_costs_a_try_and_not_the_lease(
     autojump_clock: MockClock,
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
+    claimant = Claimant()
+    held = await claimant.hold()
     await trio.sleep(5)
     # Applied 2.5 s after it was sent: after the read that found it not applied.
-    desk.store.schedule("write", Passage(request_s=2.5))
-    assert not await desk.renew(held)
+    claimant.store.schedule("write", Passage(request_s=2.5))
+    assert not await claimant.renew(held)
     deadline = held.deadline
     await trio.sleep(1)
-    assert not await desk.renew(held)
+    assert not await claimant.renew(held)
     assert held.deadline == deadline
-    assert await desk.renew(held)
+    assert await claimant.renew(held)
 
 
 async def test_a_renewal_that_finds_another_is_a_lost_lease(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    await desk.other().hold()
+    claimant = Claimant()
+    held = await claimant.hold()
+    await claimant.other().hold()
     with pytest.raises(LeaseLost, match="other"):
-        await desk.renew(held)
+        await claimant.renew(held)
 
 
 async def test_a_higher_epoch_in_the_fence_alone_is_a_lost_lease(
     autojump_clock: MockClock,
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    desk.rewrite(epoch=7)
-    desk.store.schedule("write", LOST_REQUEST)
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.rewrite(epoch=7)
+    claimant.store.schedule("write", LOST_REQUEST)
     with pytest.raises(LeaseLost, match="epoch 7"):
-        await desk.renew(held)
+        await claimant.renew(held)
 
 
 async def test_ones_own_lease_released_behind_ones_back_is_lost(autojump_clock: MockClock) -> None:
     # The warden does so in the name of a daemon that it takes for dead.
-    desk = Desk()
-    held = await desk.hold()
-    desk.store.state.write_lease(
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.store.state.write_lease(
         LeaseWrite(lease=replace(held.lease, state=LeaseState.RELEASED, nonce="warden"))
     )
     with pytest.raises(LeaseLost):
-        await desk.renew(held)
+        await claimant.renew(held)
 
 
 # --- keeping it
 
 
 async def test_renewals_come_every_third_of_the_ttl(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
+    claimant = Claimant()
+    held = await claimant.hold()
     began = trio.current_time()
     with trio.move_on_after(60.5):
-        await desk.keep(held)
-    asked = [deadline - TIMING.term_s - began for deadline in desk.tenure.extended]
+        await claimant.keep(held)
+    asked = [deadline - TIMING.term_s - began for deadline in claimant.tenure.extended]
     assert asked == pytest.approx([5.0 * n for n in range(1, 13)])
     assert held.renewals == 12
 
@@ -259,27 +263,27 @@ async def test_renewals_come_every_third_of_the_ttl(autojump_clock: MockClock) -
 async def test_a_store_that_refuses_at_once_is_asked_at_most_once_a_second(
     autojump_clock: MockClock, operation: str
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    desk.store.fail_next("write", 1000)
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.store.fail_next("write", 1000)
     if operation == "read":
-        desk.store.fail_next("read", 1000)
-    before = desk.store.calls["write"]
+        claimant.store.fail_next("read", 1000)
+    before = claimant.store.calls["write"]
     with trio.move_on_after(25.5):
-        await desk.keep(held)
-    assert desk.store.calls["write"] - before <= 21
-    assert desk.tenure.extended == []
-    assert desk.tenure.reason is None
+        await claimant.keep(held)
+    assert claimant.store.calls["write"] - before <= 21
+    assert claimant.tenure.extended == []
+    assert claimant.tenure.reason is None
 
 
 async def test_keeping_a_lease_that_another_has_ends_the_term(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    await desk.other().hold()
+    claimant = Claimant()
+    held = await claimant.hold()
+    await claimant.other().hold()
     with trio.fail_after(5.1):
-        await desk.keep(held)
-    assert desk.tenure.reason is not None
-    assert "other" in desk.tenure.reason
+        await claimant.keep(held)
+    assert claimant.tenure.reason is not None
+    assert "other" in claimant.tenure.reason
 
 
 # --- acquiring
@@ -287,61 +291,65 @@ async def test_keeping_a_lease_that_another_has_ends_the_term(autojump_clock: Mo
 
 async def test_of_sixteen_contenders_one_wins(autojump_clock: MockClock) -> None:
     store = FakeSharedStore()
-    desks = [Desk(store.client(), Identity(f"c{n}", f"c{n}-1", f"http://c{n}")) for n in range(16)]
+    claimants = [
+        Claimant(store.client(), Identity(f"c{n}", f"c{n}-1", f"http://c{n}")) for n in range(16)
+    ]
     won: list[HeldLease] = []
 
-    async def contend(desk: Desk, view: LeaseView) -> None:
-        desk.store.delay(desk.rng.uniform(0, 0.1), 0.1)
-        held = await try_acquire(desk.store, view, desk.me, TIMING, desk.clocks, desk.rng)
+    async def contend(claimant: Claimant, view: LeaseView) -> None:
+        claimant.store.delay(claimant.rng.uniform(0, 0.1), 0.1)
+        held = await try_acquire(
+            claimant.store, view, claimant.me, TIMING, claimant.clocks, claimant.rng
+        )
         if held is not None:
             won.append(held)
 
     async with trio.open_nursery() as nursery:
-        for desk in desks:
-            nursery.start_soon(contend, desk, desk.view())
+        for claimant in claimants:
+            nursery.start_soon(contend, claimant, claimant.view())
     (held,) = won
-    assert desks[0].view().lease == held.lease
+    assert claimants[0].view().lease == held.lease
 
 
 async def test_an_acquire_whose_reply_is_lost_is_found_applied(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    desk.store.schedule("write", LOST_REPLY)
+    claimant = Claimant()
+    claimant.store.schedule("write", LOST_REPLY)
     began = trio.current_time()
-    held = await desk.hold()
+    held = await claimant.hold()
     assert held.deadline == began + TIMING.term_s
-    assert held.grant.fence_stamp == desk.view().fence_stamp
-    assert await desk.renew(held)
+    assert held.grant.fence_stamp == claimant.view().fence_stamp
+    assert await claimant.renew(held)
 
 
 async def test_an_acquire_without_any_answer_is_not_held(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    desk.store.schedule("write", LOST_REPLY)
-    desk.store.schedule("read", LOST_REQUEST)
+    claimant = Claimant()
+    claimant.store.schedule("write", LOST_REPLY)
+    claimant.store.schedule("read", LOST_REQUEST)
     with pytest.raises(trio.TooSlowError):
-        await desk.acquire()
+        await claimant.acquire()
     # The next look finds our own incarnation: free for us at once, under the next epoch.
-    assert Sighting().free_in(desk.view(), ME, trio.current_time(), GRACE_S) == 0
-    held = await desk.hold()
+    assert Sighting().free_in(claimant.view(), ME, trio.current_time(), GRACE_S) == 0
+    held = await claimant.hold()
     assert held.grant.epoch == 2
 
 
 async def test_the_epoch_is_above_documents_and_disk(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    desk.rewrite(epoch=4)
-    held = await desk.acquire(epoch_floor=2)
+    claimant = Claimant()
+    claimant.rewrite(epoch=4)
+    held = await claimant.acquire(epoch_floor=2)
     assert held is not None
     assert held.grant.epoch == 5
-    assert await desk.release(held)
-    held = await desk.acquire(epoch_floor=40)
+    assert await claimant.release(held)
+    held = await claimant.acquire(epoch_floor=40)
     assert held is not None
     assert held.grant.epoch == 41
 
 
 async def test_the_history_is_bounded(autojump_clock: MockClock) -> None:
-    desk = Desk()
+    claimant = Claimant()
     for _ in range(FENCE_HISTORY_MAX):
-        assert await desk.release(await desk.hold())
-    history = desk.view().fence.history
+        assert await claimant.release(await claimant.hold())
+    history = claimant.view().fence.history
     assert len(history) == FENCE_HISTORY_MAX
     assert history[-1].epoch == FENCE_HISTORY_MAX
 
@@ -356,9 +364,9 @@ def sighted(view: LeaseView, *, at: float = 100.0) -> Sighting:
 
 
 async def held_view() -> LeaseView:
-    desk = Desk()
-    await desk.hold()
-    return replace(desk.view(), age_s=4.0)
+    claimant = Claimant()
+    await claimant.hold()
+    return replace(claimant.view(), age_s=4.0)
 
 
 async def test_a_held_lease_is_free_when_the_store_says_so_or_ones_own_clock() -> None:
@@ -382,24 +390,24 @@ async def test_a_renewal_starts_ones_own_clock_again() -> None:
 
 
 async def test_a_released_lease_is_free_and_ones_own_too() -> None:
-    desk = Desk()
-    free = desk.view()
+    claimant = Claimant()
+    free = claimant.view()
     assert sighted(free).free_in(free, OTHER, 100.0, GRACE_S) == 0
     view = await held_view()
     assert sighted(view).free_in(view, ME, 100.0, GRACE_S) == 0
 
 
 async def test_a_paused_group_is_free_for_nobody() -> None:
-    desk = Desk()
-    desk.rewrite(paused=True)
-    view = desk.view()
+    claimant = Claimant()
+    claimant.rewrite(paused=True)
+    view = claimant.view()
     assert sighted(view).free_in(view, ME, 1e9, GRACE_S) == float("inf")
 
 
 async def test_a_handoff_is_for_the_one_it_names_and_after_a_grace_for_all() -> None:
-    desk = Desk()
-    assert await desk.release(await desk.hold(), handoff_to="chosen")
-    view = desk.view()
+    claimant = Claimant()
+    assert await claimant.release(await claimant.hold(), handoff_to="chosen")
+    view = claimant.view()
     assert view.lease.state is LeaseState.RELEASED
     chosen = Identity("chosen", "chosen-1", "")
     sighting = sighted(view)
@@ -408,63 +416,80 @@ async def test_a_handoff_is_for_the_one_it_names_and_after_a_grace_for_all() -> 
     assert sighting.free_in(view, OTHER, 103.0, GRACE_S) == 0
 
 
+async def test_a_heartbeat_alone_says_no_more_than_that_the_same_term_goes_on() -> None:
+    view = await held_view()
+    later = replace(view.lease, nonce="later")
+    beat = Heartbeat(later, Stamp("later"), 0.5)
+    seen = with_heartbeat(view, beat)
+    assert seen == replace(view, lease=later, lease_stamp=Stamp("later"), age_s=0.5)
+    for changed in (
+        replace(later, state=LeaseState.RELEASED),
+        replace(later, holder="other"),
+        replace(later, incarnation="me-2"),
+        replace(later, epoch=later.epoch + 1),
+    ):
+        assert with_heartbeat(view, replace(beat, lease=changed)) is None
+    forced = replace(view, fence=replace(view.fence, epoch=view.fence.epoch + 1))
+    assert with_heartbeat(forced, beat) is None
+
+
 # --- giving it back
 
 
 async def test_a_release_frees_both_documents_and_keeps_what_the_operator_said(
     autojump_clock: MockClock,
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    desk.rewrite(paused=True)
-    assert await desk.release(held)
-    view = desk.view()
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.rewrite(paused=True)
+    assert await claimant.release(held)
+    view = claimant.view()
     assert view.lease.state is LeaseState.RELEASED
     assert view.fence.state is LeaseState.RELEASED
     assert view.fence.paused
 
 
 async def test_a_release_without_an_answer_is_found_done(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    desk.store.schedule("write", LOST_REPLY)
-    assert await desk.release(held)
-    assert desk.view().lease.state is LeaseState.RELEASED
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.store.schedule("write", LOST_REPLY)
+    assert await claimant.release(held)
+    assert claimant.view().lease.state is LeaseState.RELEASED
 
 
 async def test_a_release_that_was_lost_is_sent_again(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    desk.store.schedule("write", LOST_REQUEST)
-    assert await desk.release(held)
-    assert desk.view().lease.state is LeaseState.RELEASED
-    assert desk.store.calls["write"] == 3
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.store.schedule("write", LOST_REQUEST)
+    assert await claimant.release(held)
+    assert claimant.view().lease.state is LeaseState.RELEASED
+    assert claimant.store.calls["write"] == 3
 
 
 @pytest.mark.parametrize("readable", [True, False])
 async def test_a_release_that_is_not_heard_gives_up_in_time(
     autojump_clock: MockClock, readable: bool
 ) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    desk.store.fail_next("write", 10_000)
+    claimant = Claimant()
+    held = await claimant.hold()
+    claimant.store.fail_next("write", 10_000)
     if not readable:
-        desk.store.fail_next("read", 10_000)
+        claimant.store.fail_next("read", 10_000)
     began = trio.current_time()
     # Cancelled from outside all the while: it is a short last word.
     with trio.CancelScope() as outside:
         outside.cancel()
-        assert not await desk.release(held)
+        assert not await claimant.release(held)
     assert trio.current_time() - began == pytest.approx(4 * TIMING.attempt_s)
-    assert desk.store.calls["write"] <= 20
+    assert claimant.store.calls["write"] <= 20
 
 
 async def test_a_lease_that_another_has_is_not_released(autojump_clock: MockClock) -> None:
-    desk = Desk()
-    held = await desk.hold()
-    theirs = await desk.other().hold()
-    assert await desk.release(held)
-    assert desk.view().lease == theirs.lease
+    claimant = Claimant()
+    held = await claimant.hold()
+    theirs = await claimant.other().hold()
+    assert await claimant.release(held)
+    assert claimant.view().lease == theirs.lease
 
 
 # --- whole instances
@@ -532,6 +557,25 @@ async def test_a_renewal_during_a_candidates_slow_read_is_not_counted_from_befor
         lab.start(b)
         await a.journal.wait_for("lease.renewed", 2)
         assert trio.current_time() == renewed_at
+        term = a.term
+        a.store.partitioned = True
+        await b.journal.wait_for("lease.acquired")
+        assert trio.current_time() >= term.held.deadline
+        assert a.instance.term is None
+
+
+async def test_a_renewal_during_a_slow_look_at_the_heartbeat_is_not_counted_from_before_it(
+    autojump_clock: MockClock,
+) -> None:
+    timing = LeaseTiming(ttl_s=9.5, renew_s=2.825)
+    async with open_lab() as lab:
+        a = lab.start(lab.make("a", timing=timing))
+        await wait_active(a)
+        # Its first look at the heartbeat begins at 9.6 s, 1.7 s before the fourth renewal.
+        b = lab.make("b", timing=timing)
+        b.store.schedule("read_heartbeat", Passage(request_s=1.9))
+        lab.start(b)
+        await a.journal.wait_for("lease.renewed", 4)
         term = a.term
         a.store.partitioned = True
         await b.journal.wait_for("lease.acquired")
@@ -707,11 +751,87 @@ async def test_a_dead_holders_lease_is_taken_when_its_ttl_is_over(
         await a.journal.wait_for("lease.renewed", 3)
         renewed_at = trio.current_time()
         a.store.partitioned = True
-        reads = b.store.calls["read"]
+        before = dict(b.store.calls)
         await b.journal.wait_for("lease.acquired")
         assert TIMING.ttl_s <= trio.current_time() - renewed_at <= TIMING.ttl_s + 0.2
         # It wakes at the expected expiry instead of polling.
-        assert b.store.calls["read"] - reads <= 4
+        assert b.store.calls["read_heartbeat"] - before.get("read_heartbeat", 0) <= 2
+        assert b.store.calls["read"] - before["read"] == 1
+
+
+async def test_a_standby_reads_one_document_in_each_ttl(autojump_clock: MockClock) -> None:
+    async with open_lab() as lab:
+        a = lab.make("a")
+        rng = random.Random("a network")
+
+        def weather(_operation: str) -> Passage:
+            return Passage(rng.uniform(0.005, 0.05), rng.uniform(0.005, 0.05))
+
+        a.store.weather = weather
+        lab.start(a)
+        await wait_active(a)
+        b = lab.make("b")
+        b.store.weather = weather
+        lab.start(b)
+        await b.journal.wait_for("restore.skipped")
+        await trio.sleep(60)
+        before = dict(b.store.calls)
+        await trio.sleep(3600)
+        looks = b.store.calls["read_heartbeat"] - before["read_heartbeat"]
+        assert 3600 / TIMING.ttl_s - 2 <= looks <= 3600 / TIMING.ttl_s
+        assert b.store.calls["read"] == before["read"]
+
+
+async def test_a_standby_that_hears_nothing_sees_the_next_holder(autojump_clock: MockClock) -> None:
+    async with open_lab() as lab:
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        b = lab.make("b")
+        b.store.deaf = True
+        lab.start(b)
+        await b.journal.wait_for("restore.skipped")
+        c = lab.start(lab.make("c"))
+        await c.journal.wait_for("restore.skipped")
+        a.instance.request_drain("SIGTERM")
+        await wait_active(c)
+        await trio.sleep(TIMING.ttl_s + 1)
+        assert b.instance.holder is not None
+        assert (b.instance.holder.name, b.instance.holder.epoch) == ("c", 2)
+        # And takes over when that one dies.
+        c.store.partitioned = True
+        await wait_active(b)
+        assert b.instance.epoch == 3
+
+
+async def test_a_pause_is_shown_by_a_standby_while_the_lease_is_still_held(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        a = lab.make("a")
+        a.store.deaf = True
+        lab.start(a)
+        await wait_active(a)
+        b = lab.start(lab.make("b"))
+        await b.journal.wait_for("restore.skipped")
+        await trio.sleep(1)
+        operate(lab, paused=True)
+        await trio.sleep(1)
+        assert b.instance.lease_status is not None
+        assert b.instance.lease_status.paused
+
+
+async def test_a_pause_whose_end_is_not_heard_ends_all_the_same(autojump_clock: MockClock) -> None:
+    async with open_lab() as lab:
+        operate(lab, paused=True)
+        a = lab.make("a")
+        a.store.deaf = True
+        lab.start(a)
+        await trio.sleep(100)
+        assert a.instance.state is State.PASSIVE
+        assert a.store.calls["read"] <= 100 / PAUSED_LOOK_S + 2
+        operate(lab, paused=False)
+        with trio.fail_after(PAUSED_LOOK_S + 1):
+            await wait_active(a)
 
 
 async def test_an_unreadable_lease_is_asked_for_with_backoff(autojump_clock: MockClock) -> None:
