@@ -174,6 +174,7 @@ async def _open_ports(settings: Settings, journal: LoguruJournal) -> AsyncIterat
             lease=shared.lease,
             accounts=shared.accounts,
             outbox=shared.outbox,
+            inbox=shared.inbox,
             local=local,
             codec=make_codec(settings),
             connector=parts.connector,

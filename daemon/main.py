@@ -43,6 +43,7 @@ from machine.outbox import make_message_id
 from machine.ports import (
     AccountStore,
     Connector,
+    InboxStore,
     LeaseStore,
     Level,
     LocalStore,
@@ -85,11 +86,12 @@ class HostClocks:
 
 @dataclass(frozen=True, slots=True)
 class SharedStores:
-    """The shared store, as its three ports."""
+    """The shared store, as its ports."""
 
     lease: LeaseStore
     accounts: AccountStore
     outbox: OutboxStore
+    inbox: InboxStore
 
 
 @asynccontextmanager
@@ -105,10 +107,11 @@ async def open_shared(settings: Settings, journal: LoguruJournal) -> AsyncIterat
             if fresh:
                 # Embedded mode on a fresh directory: there is nobody else who could have an epoch.
                 await store.initialise()
-            yield SharedStores(store, store, store)
+            yield SharedStores(store, store, store, store)
         return
     from daemon.firestore.accounts import FirestoreAccountStore
     from daemon.firestore.client import open_firestore
+    from daemon.firestore.inbox import FirestoreInboxStore
     from daemon.firestore.lease import FirestoreLeaseStore
     from daemon.firestore.outbox import FirestoreOutboxStore
 
@@ -130,6 +133,7 @@ async def open_shared(settings: Settings, journal: LoguruJournal) -> AsyncIterat
             FirestoreLeaseStore(client, settings.group, note_trouble=note_trouble),
             FirestoreAccountStore(client, settings.group),
             FirestoreOutboxStore(client, settings.group, note_trouble=note_trouble),
+            FirestoreInboxStore(client, settings.group, note_trouble=note_trouble),
         )
 
 
@@ -271,6 +275,7 @@ def _make_ports(
         lease=shared.lease,
         accounts=shared.accounts,
         outbox=shared.outbox,
+        inbox=shared.inbox,
         local=local,
         codec=make_codec(settings),
         connector=connector,

@@ -567,6 +567,7 @@ class Ports:
     lease: LeaseStore
     accounts: AccountStore
     outbox: OutboxStore
+    inbox: InboxStore
     local: LocalStore
     codec: AuthCodec
     connector: Connector

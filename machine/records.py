@@ -83,6 +83,13 @@ class Account:
     phone: str | None = None
     last_error: str | None = None
     last_connected_at: float | None = None
+    banned_until: float | None = None
+    """WhatsApp's own word for how long a temporary ban lasts, on our wall clock: the next holder
+    does not open the account before it either. The clocks of two hosts may differ by less than
+    matters here."""
+    sessions_doubtful: bool = False
+    """The Signal sessions may be older than what was on the wire: they are dropped at the next
+    opening (`machine.doubt`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from daemon.firestore.layout import (
     Layout,
     account_write,
     commit_id_of,
+    inbound_write,
     mark_write,
     message_write,
     other_parts,
@@ -56,6 +57,7 @@ from machine.records import (
     AccountCopy,
     AccountId,
     Grant,
+    InboxPlace,
     Listing,
     PartName,
     Stamp,
@@ -151,7 +153,10 @@ class FirestoreAccountStore(AccountStore):
         try:
             response = await self._client.commit(self._writes_of(commit))
         except Refused as refused:
-            return await self._after_refusal(commit, refused)
+            stamp = await self._after_refusal(commit, refused)
+            if stamp is not None:
+                return stamp
+            return await self._commit_what_is_new(commit, refused)
         return stamp_from(response.write_results[0].update_time)
 
     async def remove_account(
@@ -299,13 +304,41 @@ class FirestoreAccountStore(AccountStore):
             *part_writes(self._layout, name, commit.parts),
             *(message_write(self._layout, message, new=True) for message in commit.new_messages),
             *(message_write(self._layout, message, new=False) for message in commit.messages),
+            *self._inbound_writes(commit),
         ]
         if len(writes) > COMMIT_WRITES_MAX:
             raise ValueError(f"{len(writes)} writes in one commit; {COMMIT_WRITES_MAX} at most")
         return writes
 
-    async def _after_refusal(self, commit: AccountCommit, refused: Refused) -> Stamp:
-        """What a refused commit means: applied before, stale, or a message that exists."""
+    def _inbound_writes(self, commit: AccountCommit) -> Iterator[Proto]:
+        version = commit.version
+        for number, message in enumerate(commit.inbound):
+            place = InboxPlace(version.epoch, version.revision, number)
+            yield inbound_write(self._layout, message, place)
+
+    async def _commit_what_is_new(self, commit: AccountCommit, refused: Refused) -> Stamp:
+        """Commit again without the received messages that are stored already.
+
+        Nothing else can have been the reason: the account was as the commit expects.
+        """
+        names = [self._layout.inbound(message) for message in commit.inbound]
+        found = await self._client.batch_get(names, fields=("place",)) if names else []
+        there = {answer.found.name for answer in found if answer.HasField("found")}
+        new = [
+            message
+            for name, message in zip(names, commit.inbound, strict=True)
+            if name not in there
+        ]
+        if not there:
+            # Refused, and nothing to be seen any more of why.
+            raise StoreUnavailable(str(refused), code=refused.code) from refused
+        return await self.commit(replace(commit, inbound=tuple(new)))
+
+    async def _after_refusal(self, commit: AccountCommit, refused: Refused) -> Stamp | None:
+        """What a refused commit means: applied before, stale, or a message that exists.
+
+        `None`: none of these.
+        """
         name = self._layout.account(commit.account.account_id)
         document = await self._client.get(name, fields=("commitId",))
         if document is None:
@@ -325,8 +358,7 @@ class FirestoreAccountStore(AccountStore):
                     raise StoreMisconfigured(
                         f"message {message.message_id} is not of our format: {error}"
                     ) from error
-        # Refused, and nothing to be seen any more of why.
-        raise StoreUnavailable(str(refused), code=refused.code) from refused
+        return None
 
     async def _archive(
         self,

@@ -201,6 +201,9 @@ class Fields:
         value: bool = self._of_kind(key, "boolean_value").boolean_value
         return value
 
+    def flag_or_false(self, key: str) -> bool:
+        return False if self._is_null(key) else self.flag(key)
+
     def moment(self, key: str) -> float:
         value = self._of_kind(key, "timestamp_value").timestamp_value
         seconds: float = (value.seconds * 1_000_000 + value.nanos // 1000) / 1_000_000

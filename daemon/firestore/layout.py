@@ -8,6 +8,9 @@ Below `watchkeeper/{group}-data`:
     accounts/{accountId}~removed         the mark that an account was removed; beside the accounts,
                                          so that one query reads both as of one moment
     outbox/{messageId}                   one message each
+    inbox/{hash}                         one received message each, named by its account, chat and
+                                         id; place: account, epoch, revision, number, so that one
+                                         field finds an account's and orders them
     archive/{accountId}~{which}          what was taken off the list, with parts/ like an account
 
 Fields that we do not know survive our writes. `packed` is opaque here.
@@ -15,6 +18,8 @@ Fields that we do not know survive our writes. `packed` is opaque here.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from daemon.firestore.client import FirestoreClient
@@ -42,6 +47,9 @@ from machine.records import (
     AccountCopy,
     AccountId,
     AccountStatus,
+    InboundMessage,
+    InboxEntry,
+    InboxPlace,
     Message,
     MessageId,
     MessageState,
@@ -55,7 +63,10 @@ FORMAT = 1
 
 REMOVED = "~removed"
 
-ACCOUNTS, PARTS, OUTBOX, ARCHIVE = "accounts", "parts", "outbox", "archive"
+ACCOUNTS, PARTS, ARCHIVE = "accounts", "parts", "archive"
+OUTBOX, INBOX = "outbox", "inbox"
+
+_PLACE = re.compile(r"[^/]+/([0-9]{12})/([0-9]{12})/([0-9]{4})")
 
 
 class Layout:
@@ -78,6 +89,11 @@ class Layout:
 
     def message(self, message_id: MessageId) -> DocumentName:
         return self._name(OUTBOX, document_id(message_id))
+
+    def inbound(self, message: InboundMessage) -> DocumentName:
+        # What strangers chose is no document's name: it may be long, and hold anything.
+        key = "\0".join((message.account_id, message.chat, message.message_id))
+        return self._name(INBOX, hashlib.sha256(key.encode()).hexdigest())
 
     def archived(self, account_id: AccountId, which: str) -> DocumentName:
         return self._name(ARCHIVE, f"{document_id(account_id)}~{document_id(which)}")
@@ -146,6 +162,8 @@ def _account_values(account: Account, version: Version, commit_id: str) -> dict[
         "since": Moment(account.since),
         "lastError": account.last_error,
         "lastConnectedAt": _moment(account.last_connected_at),
+        "bannedUntil": _moment(account.banned_until),
+        "sessionsDoubtful": account.sessions_doubtful,
         "epoch": version.epoch,
         "revision": version.revision,
         "commitId": commit_id,
@@ -172,6 +190,8 @@ def read_account(document: Proto) -> AccountCopy:
             phone=fields.text_or_none("phone"),
             last_error=fields.text_or_none("lastError"),
             last_connected_at=fields.moment_or_none("lastConnectedAt"),
+            banned_until=fields.moment_or_none("bannedUntil"),
+            sessions_doubtful=fields.flag_or_false("sessionsDoubtful"),
         )
         version = Version(fields.integer("epoch"), fields.integer("revision"))
         commit_id = fields.text("commitId")
@@ -252,6 +272,57 @@ def read_message(document: Proto) -> Message:
         error=fields.text_or_none("error"),
         attempts=fields.integer("attempts"),
         state_at={_message_state(key): at for key, at in fields.moments("stateAt").items()},
+    )
+
+
+def inbox_place(account_id: AccountId, place: InboxPlace) -> str:
+    """A place as a text that sorts as it does, below its account's name."""
+    where = f"{place.epoch:012d}/{place.revision:012d}/{place.number:04d}"
+    return f"{document_id(account_id)}/{where}"
+
+
+def inbox_range(account_id: AccountId) -> tuple[str, str]:
+    """All places of an account are between these two."""
+    name = document_id(account_id)
+    return f"{name}/", f"{name}0"  # 0 follows the slash, which no name holds.
+
+
+def inbound_write(layout: Layout, message: InboundMessage, place: InboxPlace) -> Proto:
+    """A write of a received message; refused when it is there."""
+    values: dict[str, FieldValue] = {
+        "format": FORMAT,
+        "place": inbox_place(message.account_id, place),
+        "accountId": message.account_id,
+        "messageId": message.message_id,
+        "chat": message.chat,
+        "sender": message.sender,
+        "senderName": message.sender_name,
+        "text": message.text,
+        "sentAt": Moment(message.sent_at),
+        "receivedAt": Moment(message.received_at),
+    }
+    return update_write(layout.inbound(message), values, exists=False)
+
+
+def read_inbound(document: Proto) -> InboxEntry:
+    """Read a received message. Raises `MalformedDocument`."""
+    fields = Fields(document)
+    _check_format(fields)
+    place = _PLACE.fullmatch(fields.text("place"))
+    if place is None:
+        raise MalformedDocument("field 'place' is not ours")
+    return InboxEntry(
+        InboxPlace(*map(int, place.groups())),
+        InboundMessage(
+            account_id=AccountId(fields.text("accountId")),
+            message_id=MessageId(fields.text("messageId")),
+            chat=fields.text("chat"),
+            sender=fields.text("sender"),
+            sender_name=fields.text_or_none("senderName"),
+            text=fields.text("text"),
+            sent_at=fields.moment("sentAt"),
+            received_at=fields.moment("receivedAt"),
+        ),
     )
 
 

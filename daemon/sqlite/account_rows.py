@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from daemon.sqlite import lease_rows, message_rows
+from daemon.sqlite import inbox_rows, lease_rows, message_rows
 from machine.ports import AccountExists, MessageExists, StaleWrite
 from machine.records import (
     MAIN_PART,
@@ -45,7 +45,9 @@ CREATE TABLE accounts (
     stamp TEXT NOT NULL,
     commit_id TEXT NOT NULL,
     removed INTEGER NOT NULL,
-    main BLOB
+    main BLOB,
+    banned_until REAL,
+    sessions_doubtful INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE parts (
     row INTEGER PRIMARY KEY,
@@ -71,6 +73,7 @@ ARCHIVED_PER_ACCOUNT_MAX = 20
 _COLUMNS = (
     "account_id, name, status, created_at, updated_at, since, phone, last_error,"
     " last_connected_at, epoch, revision, stamp, commit_id, removed, main,"
+    " banned_until, sessions_doubtful,"
     " EXISTS (SELECT 1 FROM parts WHERE parts.account_id = accounts.account_id)"
 )
 
@@ -150,7 +153,7 @@ def create(
         raise AccountExists(f"account {account_id} exists")
     stamp = lease_rows.new_stamp()
     connection.execute(
-        "REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', 0, ?)",
+        "REPLACE INTO accounts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', 0, ?, ?, ?)",
         (
             account_id,
             account.name,
@@ -165,6 +168,8 @@ def create(
             version.revision,
             stamp,
             parts.get(MAIN_PART),
+            account.banned_until,
+            account.sessions_doubtful,
         ),
     )
     _put_parts(connection, account_id, parts)
@@ -191,11 +196,13 @@ def commit(connection: sqlite3.Connection, commit: AccountCommit) -> Stamp:
             raise MessageExists(existing)
     for message in (*commit.new_messages, *commit.messages):
         message_rows.put(connection, message)
+    inbox_rows.put(connection, commit.version, commit.inbound)
     stamp = lease_rows.new_stamp()
     connection.execute(
         "UPDATE accounts SET name = ?, status = ?, created_at = ?, updated_at = ?, since = ?,"
-        " phone = ?, last_error = ?, last_connected_at = ?, epoch = ?, revision = ?, stamp = ?,"
-        " commit_id = ? WHERE account_id = ?",
+        " phone = ?, last_error = ?, last_connected_at = ?, banned_until = ?,"
+        " sessions_doubtful = ?, epoch = ?, revision = ?, stamp = ?, commit_id = ?"
+        " WHERE account_id = ?",
         (
             account.name,
             account.status,
@@ -205,6 +212,8 @@ def commit(connection: sqlite3.Connection, commit: AccountCommit) -> Stamp:
             account.phone,
             account.last_error,
             account.last_connected_at,
+            account.banned_until,
+            account.sessions_doubtful,
             commit.version.epoch,
             commit.version.revision,
             stamp,
@@ -290,7 +299,7 @@ def _refuse_older(connection: sqlite3.Connection, grant: Grant) -> None:
 
 def _copy(row: tuple[Any, ...]) -> AccountCopy:
     account_id, name, status, created_at, updated_at, since, phone, last_error, connected = row[:9]
-    epoch, revision, stamp, commit_id, removed, main, others = row[9:]
+    epoch, revision, stamp, commit_id, removed, main, banned_until, doubtful, others = row[9:]
     fault = None
     try:
         known = AccountStatus(status)
@@ -307,6 +316,8 @@ def _copy(row: tuple[Any, ...]) -> AccountCopy:
         phone,
         last_error,
         connected,
+        banned_until,
+        bool(doubtful),
     )
     return AccountCopy(
         account,

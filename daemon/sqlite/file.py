@@ -9,7 +9,8 @@ import contextlib
 import os
 import secrets
 import sqlite3
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from machine.ports import StoreMisconfigured, StoreUnavailable
@@ -42,6 +43,8 @@ class Schema:
     version: int
     tables: str
     page_bytes: int = 4096
+    upgrades: Mapping[int, str] = field(default_factory=dict)
+    """For each older version, what makes the next one of it."""
 
 
 class FileBroken(Exception):
@@ -118,6 +121,32 @@ def check_file(path: Path, schema: Schema) -> None:
     unfinished = wal.exists() and wal.stat().st_size > 0
     if not unfinished and size < pages * page_bytes:
         raise FileBroken(f"{path} is cut: {size} bytes of {pages * page_bytes}")
+
+
+def upgrade_file(path: Path, schema: Schema) -> None:
+    """Bring an older file up to this version, in one transaction. Raises as the stores do."""
+    try:
+        with contextlib.closing(open_connection(path)) as connection:
+            if _version_of(connection) == schema.version:
+                return
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                # Looked at again: another process may have done it meanwhile.
+                for version in range(_version_of(connection), schema.version):
+                    for statement in schema.upgrades[version].split(";"):
+                        connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {schema.version}")
+                connection.execute("COMMIT")
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        raise translated(error, path) from error
+
+
+def _version_of(connection: sqlite3.Connection) -> int:
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    return version
 
 
 def open_connection(

@@ -17,8 +17,15 @@ from pathlib import Path
 
 import trio
 
-from daemon.sqlite import account_rows, lease_rows, message_rows
-from daemon.sqlite.file import FileBroken, Schema, check_file, create_file, open_connection
+from daemon.sqlite import account_rows, inbox_rows, lease_rows, message_rows
+from daemon.sqlite.file import (
+    FileBroken,
+    Schema,
+    check_file,
+    create_file,
+    open_connection,
+    upgrade_file,
+)
 from daemon.sqlite.worker import Turnstile, Worker
 from machine.ports import StaleWrite, StoreMisconfigured
 from machine.records import (
@@ -29,6 +36,8 @@ from machine.records import (
     Fence,
     Grant,
     Heartbeat,
+    InboxEntry,
+    InboxPlace,
     LeaseStamps,
     LeaseView,
     LeaseWrite,
@@ -43,8 +52,17 @@ from machine.records import (
 FILE_NAME = "shared.db"
 SCHEMA = Schema(
     application_id=0x57544B53,
-    version=1,
-    tables=";".join((lease_rows.TABLES, account_rows.TABLES, message_rows.TABLES)),
+    version=2,
+    tables=";".join(
+        (lease_rows.TABLES, account_rows.TABLES, message_rows.TABLES, inbox_rows.TABLES)
+    ),
+    upgrades={
+        1: f"""
+ALTER TABLE accounts ADD COLUMN banned_until REAL;
+ALTER TABLE accounts ADD COLUMN sessions_doubtful INTEGER NOT NULL DEFAULT 0;
+{inbox_rows.TABLES}
+"""
+    },
 )
 WATCH_EVERY_S = 0.025
 """How often the fence's watcher asks whether the file has changed: about 5 µs each."""
@@ -103,10 +121,11 @@ def _prepare(path: Path) -> None:
             f"{broken}. Stop every instance, then put back a backup of it, or move it away to "
             "begin with an empty store."
         ) from broken
+    upgrade_file(path, SCHEMA)
 
 
 class SqliteSharedStore:
-    """`LeaseStore`, `AccountStore` and `OutboxStore` in one file.
+    """`LeaseStore`, `AccountStore`, `OutboxStore` and `InboxStore` in one file.
 
     Three threads, each with a connection of its own: the lease is never queued behind accounts,
     nor commits behind a listing.
@@ -206,6 +225,22 @@ class SqliteSharedStore:
         def purge(db: sqlite3.Connection) -> int:
             account_rows.verify_grant(db, grant)
             return message_rows.purge(db, before, count_max)
+
+        return await self._writes.write(purge)
+
+    # -- InboxStore
+
+    async def list_inbox(
+        self, account_id: AccountId, *, after: InboxPlace | None, count_max: int
+    ) -> Sequence[InboxEntry]:
+        return await self._reads.read(
+            lambda db: inbox_rows.read_after(db, account_id, after, count_max)
+        )
+
+    async def purge_inbox(self, grant: Grant, *, before: float, count_max: int) -> int:
+        def purge(db: sqlite3.Connection) -> int:
+            account_rows.verify_grant(db, grant)
+            return inbox_rows.purge(db, before, count_max)
 
         return await self._writes.write(purge)
 

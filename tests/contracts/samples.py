@@ -15,6 +15,7 @@ from machine.records import (
     AccountStatus,
     Fence,
     Grant,
+    InboundMessage,
     Lease,
     LeaseState,
     LeaseView,
@@ -79,6 +80,8 @@ def an_account(
         phone="4915112345",
         last_error="408: lost",
         last_connected_at=AT + 3,
+        banned_until=AT + 4,
+        sessions_doubtful=True,
     )
 
 
@@ -106,6 +109,26 @@ def a_message(
     )
 
 
+def an_inbound(
+    message_id: str,
+    account_id: AccountId = ANNA,
+    *,
+    chat: str = "491700000",
+    text: str = "",
+    at: float = AT,
+) -> InboundMessage:
+    return InboundMessage(
+        account_id,
+        MessageId(message_id),
+        chat,
+        sender="491711111",
+        sender_name="Zoë 🙂",
+        text=text or f"text of {message_id} äöü 🙂\n\x00",
+        sent_at=at - 1,
+        received_at=at,
+    )
+
+
 def a_commit(
     grant: Grant,
     stamp: Stamp,
@@ -115,6 +138,7 @@ def a_commit(
     parts: Mapping[PartName, bytes | None] | None = None,
     new_messages: Sequence[Message] = (),
     messages: Sequence[Message] = (),
+    inbound: Sequence[InboundMessage] = (),
 ) -> AccountCommit:
     return AccountCommit(
         grant,
@@ -125,6 +149,7 @@ def a_commit(
         parts if parts is not None else {},
         tuple(new_messages),
         tuple(messages),
+        tuple(inbound),
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from daemon.sqlite.local import open_local
 from daemon.sqlite.shared import open_sqlite_shared
-from machine.ports import AccountStore, LeaseStore, LocalStore, OutboxStore
+from machine.ports import AccountStore, InboxStore, LeaseStore, LocalStore, OutboxStore
 from machine.records import AccountId
 from tests.fakes import FakeLocalStore, FakeSharedState, FakeSharedStore, applied_then_failing
 
@@ -40,6 +40,7 @@ class SharedWorld:
     lease: LeaseStore
     accounts: AccountStore
     outbox: OutboxStore
+    inbox: InboxStore
     age_lease: Callable[[float], Awaitable[None]]
     delete_document: Callable[[Document], Awaitable[None]]
     damage_account: Callable[[AccountId], Awaitable[None]]
@@ -80,7 +81,9 @@ async def _open_fake() -> AsyncIterator[SharedWorld]:
         yield
         store.weather = calm
 
-    yield SharedWorld(store, store, store, age_lease, delete_document, damage_account, lost_replies)
+    yield SharedWorld(
+        store, store, store, store, age_lease, delete_document, damage_account, lost_replies
+    )
 
 
 @asynccontextmanager
@@ -104,7 +107,7 @@ async def _open_sqlite(path: Path) -> AsyncIterator[SharedWorld]:
         await execute(f"UPDATE accounts SET status = '?' WHERE account_id = '{account_id}'")
 
     async with open_sqlite_shared(path, boottime=lambda: now_s, boot_id="boot") as store:
-        yield SharedWorld(store, store, store, age_lease, delete_document, damage_account)
+        yield SharedWorld(store, store, store, store, age_lease, delete_document, damage_account)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from machine.records import (
     Fence,
     Grant,
     Heartbeat,
+    InboxEntry,
+    InboxPlace,
     Lease,
     LeaseStamps,
     LeaseState,
@@ -149,6 +151,7 @@ class FakeSharedState:
     fence: tuple[Fence, Stamp] | None = None
     accounts: dict[AccountId, _StoredAccount] = field(default_factory=dict)
     messages: dict[MessageId, Message] = field(default_factory=dict)
+    inbox: dict[tuple[AccountId, str, MessageId], InboxEntry] = field(default_factory=dict)
     archive: list[Archived] = field(default_factory=list)
     writes: int = 0
     _wire: list[tuple[float, int, _Request[object]]] = field(default_factory=list)
@@ -317,6 +320,10 @@ class FakeSharedState:
                 stored.parts.pop(name, None)
             else:
                 stored.parts[name] = data
+        for number, inbound in enumerate(commit.inbound):
+            place = InboxPlace(commit.version.epoch, commit.version.revision, number)
+            key = (inbound.account_id, inbound.chat, inbound.message_id)
+            self.inbox.setdefault(key, InboxEntry(place, inbound))
         stored.account, stored.version = commit.account, commit.version
         stored.commit_id, stored.stamp = commit.commit_id, self.stamp()
         return stored.stamp
@@ -361,13 +368,31 @@ class FakeSharedState:
             del self.messages[message.message_id]
         return len(settled[:count_max])
 
+    def list_inbox(
+        self, account_id: AccountId, after: InboxPlace | None, count_max: int
+    ) -> list[InboxEntry]:
+        entries = [
+            entry
+            for entry in self.inbox.values()
+            if entry.message.account_id == account_id and (after is None or entry.place > after)
+        ]
+        return sorted(entries, key=lambda entry: entry.place)[:count_max]
+
+    def purge_inbox(self, grant: Grant, before: float, count_max: int) -> int:
+        self.verify_grant(grant)
+        old = [key for key, entry in self.inbox.items() if entry.message.received_at < before]
+        old.sort(key=lambda key: self.inbox[key].message.received_at)
+        for key in old[:count_max]:
+            del self.inbox[key]
+        return len(old[:count_max])
+
     def damage_account(self, account_id: AccountId, fault: str = "injected: unreadable") -> None:
         """Make the account unreadable from now on."""
         self.accounts[account_id].fault = fault
 
 
 class FakeSharedStore:
-    """One client: `LeaseStore`, `AccountStore` and `OutboxStore` over a shared state.
+    """One client: lease, accounts, outbox and inbox, over a shared state.
 
     `weather(operation)` says how each call travels, unless `schedule` has planned it; operations
     are the ports' method names. `calls` counts what was asked. While `partitioned` is true nothing
@@ -524,4 +549,18 @@ class FakeSharedStore:
     async def purge_messages(self, grant: Grant, *, before: float, count_max: int) -> int:
         return await self._ask(
             "purge_messages", lambda: self.state.purge_messages(grant, before, count_max)
+        )
+
+    # -- InboxStore
+
+    async def list_inbox(
+        self, account_id: AccountId, *, after: InboxPlace | None, count_max: int
+    ) -> Sequence[InboxEntry]:
+        return await self._ask(
+            "list_inbox", lambda: self.state.list_inbox(account_id, after, count_max)
+        )
+
+    async def purge_inbox(self, grant: Grant, *, before: float, count_max: int) -> int:
+        return await self._ask(
+            "purge_inbox", lambda: self.state.purge_inbox(grant, before, count_max)
         )

@@ -10,6 +10,7 @@ import trio
 from daemon.firestore.accounts import FirestoreAccountStore
 from daemon.firestore.client import Line, open_firestore
 from daemon.firestore.documents import delete_write, update_write
+from daemon.firestore.inbox import FirestoreInboxStore
 from daemon.firestore.layout import Layout
 from daemon.firestore.lease import COLLECTION, FirestoreLeaseStore
 from daemon.firestore.outbox import FirestoreOutboxStore
@@ -53,6 +54,7 @@ async def open_firestore_world(host: str) -> AsyncIterator[SharedWorld]:
             lease=FirestoreLeaseStore(client, GROUP),
             accounts=FirestoreAccountStore(client, GROUP),
             outbox=FirestoreOutboxStore(client, GROUP),
+            inbox=FirestoreInboxStore(client, GROUP),
             age_lease=trio.sleep,
             delete_document=delete_document,
             damage_account=damage_account,

@@ -145,6 +145,7 @@ class Lab:
             lease=store,
             accounts=store,
             outbox=store,
+            inbox=store,
             local=local,
             codec=self.codec,
             connector=connector,

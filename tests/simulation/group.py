@@ -160,6 +160,7 @@ class Group:
             lease=store,
             accounts=store,
             outbox=store,
+            inbox=store,
             local=host.disk,
             codec=self._codec,
             connector=connector,

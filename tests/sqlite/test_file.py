@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from daemon.sqlite.file import FileBroken, Schema, check_file, create_file, open_connection
-from machine.ports import StoreMisconfigured
+from daemon.sqlite.file import (
+    FileBroken,
+    Schema,
+    check_file,
+    create_file,
+    open_connection,
+    upgrade_file,
+)
+from machine.ports import StoreMisconfigured, StoreUnavailable
 
 SCHEMA = Schema(application_id=77, version=3, tables="CREATE TABLE t (n INTEGER) STRICT")
 
@@ -32,6 +39,39 @@ def test_creating_again_keeps_what_is_there(tmp_path: Path) -> None:
     create_file(path, SCHEMA)
     connection = open_connection(path)
     assert connection.execute("SELECT n FROM t").fetchall() == [(7,)]
+    connection.close()
+
+
+OLDEST = replace(SCHEMA, version=1)
+UPGRADING = replace(
+    SCHEMA,
+    upgrades={1: "ALTER TABLE t ADD COLUMN m INTEGER", 2: "CREATE TABLE u (n INTEGER) STRICT"},
+)
+
+
+def test_an_older_file_is_brought_up_step_by_step_by_one_of_many(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    create_file(path, OLDEST)
+    connection = open_connection(path)
+    connection.execute("INSERT INTO t VALUES (7)")
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: upgrade_file(path, UPGRADING), range(8)))
+    assert connection.execute("SELECT n, m FROM t").fetchall() == [(7, None)]
+    assert connection.execute("SELECT n FROM u").fetchall() == []
+    assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+    connection.close()
+
+
+def test_an_upgrade_that_fails_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    create_file(path, OLDEST)
+    broken = replace(UPGRADING, upgrades={**UPGRADING.upgrades, 2: "no SQL"})
+    with pytest.raises(StoreUnavailable):
+        upgrade_file(path, broken)
+    connection = open_connection(path)
+    assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    with pytest.raises(sqlite3.OperationalError):
+        connection.execute("SELECT m FROM t")
     connection.close()
 
 

@@ -30,6 +30,7 @@ from tests.contracts.samples import (
     a_message,
     acquire,
     an_account,
+    an_inbound,
     create,
 )
 
@@ -52,6 +53,28 @@ async def test_a_lease_of_another_boot_is_infinitely_old(tmp_path: Path) -> None
         assert (await store.read()).age_s == math.inf
         await acquire(store, "b")
         assert (await store.read()).age_s < 60.0
+
+
+async def test_a_file_of_the_first_format_keeps_its_accounts_and_receives(tmp_path: Path) -> None:
+    path = tmp_path / "shared.db"
+    async with open_sqlite_shared(path) as store:
+        await store.initialise()
+        grant = await acquire(store)
+        stamp = await create(store, grant)
+    for statement in (
+        "DROP TABLE inbox",
+        "ALTER TABLE accounts DROP COLUMN banned_until",
+        "ALTER TABLE accounts DROP COLUMN sessions_doubtful",
+        "PRAGMA user_version = 1",
+    ):
+        execute(path, statement)
+    async with open_sqlite_shared(path) as store:
+        copy = await store.fetch_account(ANNA)
+        assert copy is not None
+        assert copy.parts == {MAIN_PART: MAIN}
+        assert (copy.account.banned_until, copy.account.sessions_doubtful) == (None, False)
+        await store.commit(a_commit(grant, stamp, inbound=[an_inbound("m1")]))
+        assert len(await store.list_inbox(ANNA, after=None, count_max=9)) == 1
 
 
 async def test_two_stores_of_one_host_see_one_lease_and_one_age(tmp_path: Path) -> None:
