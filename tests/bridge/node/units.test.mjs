@@ -1,0 +1,138 @@
+// The parts of the Node side that need no socket; run by test_units.py.
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { isDeepStrictEqual } from 'node:util'
+import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../daemon/bridge/node/line.mjs'
+import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
+import { keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
+import { readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
+import { readClose } from '../../../daemon/bridge/node/closing.mjs'
+
+const bytes = text => Buffer.from(text)
+
+test('frames that make no sense break the line without being quoted', () => {
+	const senseless = [
+		'secret',
+		'[]',
+		'null',
+		'{"v": 2, "call": "ping", "id": 1}',
+		'{"call": "ping", "id": 1}',
+		'{"v": 1, "event": "connected"}',
+		'{"v": 1, "call": "ping", "answer": 1, "id": 1}',
+		'{"v": 1, "call": "ping"}',
+		'{"v": 1, "call": "ping", "id": 1.5}',
+		'{"v": 1, "answer": "secret", "ok": {}}'
+	]
+	for (const text of senseless) {
+		assert.throws(
+			() => parseFrame(bytes(text)),
+			error => error instanceof LineBroken && !error.message.includes('secret'),
+			text
+		)
+	}
+	assert.throws(() => parseFrame(Buffer.from([0x22, 0xff, 0x22])), LineBroken)
+})
+
+test('frames are put together however they arrive', () => {
+	const frames = [1, 2, 3].map(id => ({ v: 1, call: 'ping', id, text: 'ü'.repeat(id) }))
+	const stream = bytes(frames.map(frame => `${JSON.stringify(frame)}\n`).join(''))
+	for (let size = 1; size <= stream.length; size++) {
+		const reader = new FrameReader()
+		const read = []
+		for (let at = 0; at < stream.length; at += size) {
+			read.push(...reader.feed(stream.subarray(at, at + size)))
+		}
+		assert.ok(isDeepStrictEqual(read, frames), `in pieces of ${size} bytes`)
+	}
+})
+
+test('a frame longer than the limit breaks the line before it has ended', () => {
+	const reader = new FrameReader()
+	assert.deepEqual([...reader.feed(Buffer.alloc(FRAME_BYTES_MAX, 'x'))], [])
+	assert.throws(() => [...reader.feed(bytes('x'))], LineBroken)
+})
+
+test('what is printed is described, never quoted', () => {
+	const session = { privKey: Buffer.alloc(32, 7), text: 'see you at noon' }
+	const key = Buffer.alloc(32, 7).toString('base64')
+	const described = [
+		describePrinted(['Closing session:', session, 'see you at noon', key]),
+		describePrinted([session]),
+		describePrinted([new Error(`for 4915112345678@s.whatsapp.net: ${key}`)]),
+		words(`Invalid LID-PN mapping: 4915112345678, ${key}`),
+		words('{"text": "see you at noon"}'),
+		words('first\nsee you at noon'),
+		describeWritten(bytes(`${key}\nsee you at noon`))
+	].join('\n')
+	for (const secret of ['see you', '4915112345678', key, key.slice(0, 25), 'privKey']) {
+		assert.ok(!described.includes(secret), `${secret} in ${described}`)
+	}
+	assert.match(described, /^Closing session: <Object> <text, 15 characters> <text, 44 characters>/)
+})
+
+test('names of keys are those of the files of Baileys', () => {
+	assert.equal(keyName('session', '4915112345678.0'), 'session-4915112345678.0')
+	assert.equal(keyName('app-state-sync-key', 'AAAA/+b='), 'app-state-sync-key-AAAA__+b=')
+	assert.equal(keyName('sender-key', '1@g.us::2:3'), 'sender-key-1@g.us--2-3')
+})
+
+test('values that are not used go, and there are never more than twice the limit', () => {
+	const recent = new RecentValues()
+	for (let id = 0; id < 5000; id++) recent.set(`k${id}`, id)
+	assert.ok(recent.size <= 500)
+	assert.equal(recent.get('k4999'), 4999)
+	recent.age()
+	assert.equal(recent.get('k4999'), 4999)
+	recent.age()
+	assert.equal(recent.get('k4999'), 4999)
+	recent.age()
+	recent.age()
+	assert.equal(recent.get('k4999'), undefined)
+	recent.set('gone', null)
+	assert.equal(recent.get('gone'), null)
+})
+
+test('an ack ends one wait; a refusal that nobody waits for is told', async () => {
+	const waiting = new Unacknowledged()
+	const good = waiting.expect('A')
+	const bad = waiting.expect('B')
+	assert.equal(waiting.acknowledge({ id: 'A' }), null)
+	await good
+	assert.equal(waiting.acknowledge({ id: 'B', error: '463' }), null)
+	await assert.rejects(bad, error => error.fields.kind === 'refused' && error.fields.code === 463)
+	assert.deepEqual(waiting.acknowledge({ id: 'A', error: '479' }), { messageId: 'A', code: 479 })
+	assert.equal(waiting.acknowledge({ id: 'A' }), null)
+	const lost = waiting.expect('C')
+	waiting.failAll(new Error('closed'))
+	await assert.rejects(lost, /closed/)
+	assert.equal(waiting.size, 0)
+})
+
+test('receipts say how far messages have come, and only those of recipients do', () => {
+	const me = { id: '4915100000001:7@s.whatsapp.net', lid: '2000001:7@lid' }
+	const read = (attrs, content) => readReceipt({ tag: 'receipt', attrs, content }, me)
+	const from = '4915112345678@s.whatsapp.net'
+	assert.deepEqual(read({ id: 'A', from }), [{ messageId: 'A', state: 'delivered' }])
+	assert.deepEqual(read({ id: 'A', from, type: 'played' }), [{ messageId: 'A', state: 'read' }])
+	const item = id => ({ tag: 'item', attrs: { id } })
+	assert.deepEqual(
+		read({ id: 'A', from, type: 'read' }, [{ tag: 'list', attrs: {}, content: [item('B')] }]),
+		[
+			{ messageId: 'A', state: 'read' },
+			{ messageId: 'B', state: 'read' }
+		]
+	)
+	assert.deepEqual(read({ id: 'A', from, type: 'retry' }), [])
+	assert.deepEqual(read({ id: 'A', from: '4915100000001@s.whatsapp.net' }), [])
+	assert.deepEqual(read({ id: 'A', from: '2000001:3@lid', type: 'read' }), [])
+})
+
+test('a close is read by its code and attributes, not by its text', () => {
+	const boom = (statusCode, data) =>
+		Object.assign(new Error('Stream Errored (conflict)'), { output: { statusCode }, data })
+	assert.equal(readClose(boom(440, { attrs: { type: 'replaced' } })).code, 440)
+	assert.equal(readClose(boom(440, { attrs: { type: 'device_removed' } })).code, 401)
+	assert.equal(readClose(boom(402, { reason: '402', expire: '3600' })).expireS, 3600)
+	assert.equal(readClose(new Error('anything')).code, 500)
+	assert.equal(readClose(undefined).code, 428)
+})
