@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import WithJsonSchema
+
 from daemon.http.errors import ApiError, ErrorCode
 
 ACCEPT_PARTS_MAX = 32
 """More alternatives than this in one Accept header are not read."""
+
+
+def documented_formats(offered: Mapping[str, str]) -> WithJsonSchema:
+    """How the document tells which `?format=` there are; others are `not_acceptable`."""
+    return WithJsonSchema({"type": "string", "enum": list(offered), "examples": list(offered)[:1]})
 
 
 def choose_format(offered: Mapping[str, str], accept: str | None, wanted: str | None) -> str:

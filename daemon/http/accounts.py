@@ -11,7 +11,7 @@ from typing import Annotated
 import segno
 from fastapi import APIRouter, Query, Request, Response
 
-from daemon.http.accept import choose_format
+from daemon.http.accept import choose_format, documented_formats
 from daemon.http.api import active_desk, api_of, in_time, reply
 from daemon.http.documented import AT_HOLDER, WITH_BODY, errors, file_answer
 from daemon.http.errors import ErrorCode
@@ -87,7 +87,7 @@ async def get_account(request: Request, account_id: AccountIdPath) -> Response:
 async def get_qr(
     request: Request,
     account_id: AccountIdPath,
-    wanted: Annotated[str | None, Query(alias="format", examples=["svg"])] = None,
+    wanted: Annotated[str | None, documented_formats(QR_FORMATS), Query(alias="format")] = None,
 ) -> Response:
     """The QR code to scan now, by `Accept` or `?format=`: json, svg, png, or text for terminals."""
     name = choose_format(QR_FORMATS, request.headers.get("accept"), wanted)

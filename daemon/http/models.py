@@ -23,8 +23,14 @@ TEXT_CHARS_MAX = 65_536
 
 MOMENT = "2025-01-31T12:00:00.000Z"
 
+NUMBER_CHARS_MAX = 64
+
 _JID = re.compile(r"\+?[0-9]{5,20}@s\.whatsapp\.net")
-_SEPARATORS = str.maketrans("", "", " -().\u00a0\u2011")
+_SEPARATORS = " -().\u00a0\u2011"
+_WITHOUT_SEPARATORS = str.maketrans("", "", _SEPARATORS)
+_APART = f"[{_SEPARATORS.replace('-', '')}-]*"
+NUMBER = rf"^({_APART}\+?({_APART}[0-9]){{5,20}}{_APART}|{_JID.pattern})$"
+"""What `normal_number` takes, for the document. A test holds one against the other."""
 
 
 def normal_number(value: object) -> object:
@@ -32,13 +38,13 @@ def normal_number(value: object) -> object:
 
     ValueError: none of them.
     """
-    if not isinstance(value, str) or len(value) > 64:
+    if not isinstance(value, str) or len(value) > NUMBER_CHARS_MAX:
         raise ValueError("must be a phone number in international form, as a string")
     if value.endswith("@g.us"):
         raise ValueError("is a group; only single recipients are supported")
     if _JID.fullmatch(value):
         value = value.partition("@")[0]
-    digits = value.translate(_SEPARATORS).removeprefix("+")
+    digits = value.translate(_WITHOUT_SEPARATORS).removeprefix("+")
     if not (5 <= len(digits) <= 20 and digits.isascii() and digits.isdecimal()):
         raise ValueError("must be a phone number in international form: 5 to 20 digits")
     return digits
@@ -59,7 +65,10 @@ def _not_blank(value: str) -> str:
 
 PhoneNumber = Annotated[
     str,
-    BeforeValidator(normal_number, json_schema_input_type=str),
+    BeforeValidator(
+        normal_number,
+        json_schema_input_type=Annotated[str, Field(pattern=NUMBER, max_length=NUMBER_CHARS_MAX)],
+    ),
     Field(description="International form, 5 to 20 digits; `+`, spaces and dashes are fine"),
 ]
 NewAccountId = Annotated[str, Field(pattern=ACCOUNT_ID), AfterValidator(_usable_account_id)]

@@ -13,7 +13,7 @@ import msgspec
 import trio
 from fastapi import APIRouter, Query, Request, Response
 
-from daemon.http.accept import choose_format
+from daemon.http.accept import choose_format, documented_formats
 from daemon.http.api import Api, api_of, inbound_of, reply
 from daemon.http.documented import errors, file_answer
 from daemon.http.edge import Inbound
@@ -99,7 +99,9 @@ async def get_transitions(request: Request) -> Response:
 )
 async def get_diagram(
     request: Request,
-    wanted: Annotated[str | None, Query(alias="format", examples=["svg"])] = None,
+    wanted: Annotated[
+        str | None, documented_formats(DIAGRAM_FORMATS), Query(alias="format")
+    ] = None,
 ) -> Response:
     """The state diagram with the present state marked, by `Accept` or `?format=`."""
     accept = request.headers.get("accept")

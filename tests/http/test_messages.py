@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
+from daemon.http.models import NUMBER, NUMBER_CHARS_MAX, normal_number
 from machine.records import MessageState
 from machine.refusals import (
     AccountBanned,
@@ -224,3 +229,21 @@ async def test_message_tells_its_progress_and_not_its_text(api: Asking) -> None:
     }
     missing = await api.get("/api/whatsapp/messages/3EB0UNKNOWN")
     assert (missing.status_code, missing.json()["error"]) == (404, "message_not_found")
+
+
+numbers = st.one_of(
+    st.text(),
+    st.text("0123456789 +-().\u00a0\u2011@s\n", max_size=70),
+    st.from_regex(NUMBER),
+    st.from_regex(r"\A\+?[0-9]{4,21}(@s\.whatsapp\.net|@g\.us)?\Z"),
+)
+
+
+@given(numbers)
+def test_the_document_says_exactly_which_numbers_are_taken(number: str) -> None:
+    taken = None
+    with suppress(ValueError):
+        taken = normal_number(number)
+    documented = re.search(NUMBER.removesuffix("$") + r"\Z", number) is not None
+    assert (taken is not None) == (documented and len(number) <= NUMBER_CHARS_MAX)
+    assert taken is None or (isinstance(taken, str) and re.fullmatch("[0-9]{5,20}", taken))
