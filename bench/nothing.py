@@ -11,6 +11,7 @@ import sys
 import trio
 
 from daemon.http.app import serve_api
+from daemon.http.auth import Tokens
 from daemon.http.ports import ApiSettings
 from machine.outbox import make_message_id
 from machine.records import AccountId, Message, MessageId, MessageState
@@ -53,7 +54,7 @@ async def serve(port: int) -> None:
     world.activate(instance)
     instance.desk = NothingDesk(world, 1)
     instance.state = State.ACTIVE
-    settings = ApiSettings(tokens=(TOKEN,), version="bench", bind=f"127.0.0.1:{port}")
+    settings = ApiSettings(tokens=Tokens((TOKEN,)), version="bench", bind=f"127.0.0.1:{port}")
     await serve_api(instance, settings, make_message_id=make_message_id)
 
 

@@ -104,12 +104,14 @@ class Redaction:
     """Masks secrets by the name of their field, by their form, and by their value."""
 
     def __init__(self, secrets: Collection[str] = ()) -> None:
+        self._secrets: set[str] = set()
+        self.learn(secrets)
+
+    def learn(self, secrets: Collection[str]) -> None:
+        """Mask these too from now on. What was a secret once stays one."""
+        self._secrets.update(secret for secret in secrets if len(secret) >= SECRET_CHARACTERS_MIN)
         # Longest first, so that a secret that contains another one is masked whole.
-        known = sorted(
-            {secret for secret in secrets if len(secret) >= SECRET_CHARACTERS_MIN},
-            key=len,
-            reverse=True,
-        )
+        known = sorted(self._secrets, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
 
     def text(self, text: str) -> str:
@@ -364,12 +366,16 @@ class LoguruJournal:
         self.metrics = metrics
         self.instance = instance
         self._redaction = redaction
+        self.level = level
         self._kinds = events
-        self._level = level
         self._epoch = 0
         self._wall = wall
         self._logger = logger.bind(journal=id(self))
         self._subscriptions: list[Subscription] = []
+
+    def learn_secrets(self, secrets: Collection[str]) -> None:
+        """Mask these too, wherever they turn up from now on."""
+        self._redaction.learn(secrets)
 
     def note(self, event: str, /, **fields: object) -> None:
         """Record an event. Never waits, never raises: what goes wrong here is counted."""
@@ -391,7 +397,7 @@ class LoguruJournal:
                 self.metrics.journal_faults.inc()
             if event in _EPOCH_EVENTS:
                 self._epoch = int(_number(fields, "epoch")) or self._epoch
-        if not self._subscriptions and _SEVERITY[kind.level] < _SEVERITY[self._level]:
+        if not self._subscriptions and _SEVERITY[kind.level] < _SEVERITY[self.level]:
             return  # Every send has debug events; making sentences for nobody would be its cost.
         plain = {name: self._redaction.value(name, value) for name, value in fields.items()}
         noted = Noted(self._wall(), kind.level, event, self._sentence(kind, event, plain), plain)
@@ -558,9 +564,12 @@ def open_journal(
     _remove_default_sink()
     sink_id = logger.add(
         sink,
-        level=level.value.upper(),
+        level=0,
         format="{message}",
-        filter=lambda record: record["extra"].get("journal") == id(journal),
+        filter=lambda record: (
+            record["extra"].get("journal") == id(journal)
+            and record["level"].no >= _SEVERITY[journal.level]
+        ),
         # Both would print the values of local variables, and with them secrets.
         backtrace=False,
         diagnose=False,

@@ -24,6 +24,7 @@ import daemon
 from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
 from daemon.baileys_import import LegacyDirectories
 from daemon.http.app import serve_api, serve_metrics
+from daemon.http.auth import Tokens
 from daemon.http.documented import WITH_BODY, errors
 from daemon.http.errors import ErrorCode
 from daemon.http.events import HTTP_EVENTS
@@ -35,6 +36,7 @@ from daemon.loopback.connector import LoopbackConnector
 from daemon.loopback.routes import loopback_router
 from daemon.loopback.world import LoopbackWorld
 from daemon.notify import Notifier, keep_notified
+from daemon.reload import RELOAD_EVENTS, Reloader
 from daemon.settings import ConnectorKind, Settings, StoreKind
 from daemon.sqlite.local import StateDirInUse, open_local
 from machine.events import EVENTS, EventKind
@@ -64,6 +66,7 @@ EXIT_SETTINGS = 2
 DAEMON_EVENTS = {
     "instance.refused": EventKind(Level.ERROR, "not started: {error}"),
     "store.troubled": EventKind(Level.WARNING, "{sentence}"),
+    **RELOAD_EVENTS,
 }
 """What only the composition root tells."""
 
@@ -177,10 +180,10 @@ def make_codec(settings: Settings) -> PackedAuthCodec:
     return PackedAuthCodec(Keyring(EncryptionKey(active), older))
 
 
-def make_api_settings(settings: Settings) -> ApiSettings:
+def make_api_settings(settings: Settings, tokens: Tokens) -> ApiSettings:
     """The API's numbers, from the settings. Raises `ValueError` when they contradict."""
     return ApiSettings(
-        tokens=settings.admin_tokens(),
+        tokens=tokens,
         version=daemon.__version__,
         bind=settings.http_bind,
         handoff_wait_s=settings.handoff_wait_s,
@@ -196,7 +199,8 @@ def make_api_settings(settings: Settings) -> ApiSettings:
 async def serve(settings: Settings) -> int:
     """Run one instance until it is asked to end; the process's exit code.
 
-    SIGTERM and SIGINT ask for a drain; a second one of either ends the process at once.
+    SIGTERM and SIGINT ask for a drain; a second one of either ends the process at once. SIGHUP
+    reads the settings again.
     """
     given = [*settings.admin_tokens()]
     for secret in (settings.encryption_key, settings.encryption_keys_old):
@@ -244,7 +248,7 @@ async def _serve(settings: Settings, journal: LoguruJournal) -> None:
             settings.instance_name, secrets.token_hex(8), settings.address(listening.port)
         )
         await trio.to_thread.run_sync(_make_private_dir, settings.state_dir)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with (
                 open_local(settings.state_dir) as local,
                 open_shared(settings, journal) as shared,
@@ -323,11 +327,13 @@ async def _run(
 ) -> None:
     """The API around the machine: it answers before the first state and after the last."""
     shutdown = trio.Event()
+    tokens = Tokens(settings.admin_tokens())
+    api_settings = make_api_settings(settings, tokens)
 
     async def serve_http(task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         await serve_api(
             instance,
-            make_api_settings(settings),
+            api_settings,
             make_message_id=make_message_id,
             listening=listening,
             routers=parts.routers,
@@ -339,7 +345,7 @@ async def _run(
 
     async def serve_metrics_http(metrics_listening: Listening) -> None:
         await serve_metrics(
-            make_api_settings(settings),
+            api_settings,
             journal.metrics.render,
             listening=metrics_listening,
             note=journal.note,
@@ -348,7 +354,8 @@ async def _run(
 
     with closing(Notifier()) as notifier:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_heed_signals, signals, instance)
+            reloader = Reloader(settings, journal=journal, tokens=tokens)
+            nursery.start_soon(_heed_signals, signals, instance, reloader)
             nursery.start_soon(
                 keep_notified, instance, notifier, partial(_count_accounts, instance)
             )
@@ -362,10 +369,18 @@ async def _run(
             nursery.cancel_scope.cancel()
 
 
-async def _heed_signals(signals: AsyncIterator[int], instance: Instance) -> None:
-    """Ask for a drain at the first signal; a second one ends the process at once."""
+async def _heed_signals(
+    signals: AsyncIterator[int], instance: Instance, reloader: Reloader
+) -> None:
+    """Ask for a drain at the first signal; a second one ends the process at once.
+
+    SIGHUP reads the settings again instead.
+    """
     asked = False
     async for number in signals:
+        if number == signal.SIGHUP:
+            await reloader.reload()
+            continue
         if asked:
             os._exit(128 + number)
         asked = True

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 PREFIX = "WATCHKEEPER_"
 ENV_FILE = Path(".env")
+ENV_FILE_VARIABLE = PREFIX + "ENV_FILE"
+"""Names other files to read instead, separated by colons, the strongest last. A service reads its
+settings so: those of its environment stay what they were at its start, whatever is reloaded."""
 SECRETS_DIR_VARIABLE = PREFIX + "SECRETS_DIR"
 SECRET_FILE_BYTES_MAX = 64 * 1024
 ENCRYPTION_KEY_BYTES = 32
@@ -53,7 +56,9 @@ TOKEN_CHARACTERS_MIN = 16
 SECRET_FIELDS = ("admin_token", "encryption_key", "encryption_keys_old")
 """Settings that hold a secret; each can also be given as `…_FILE`, a path to read it from."""
 
-FOREIGN_VARIABLES = re.compile(r"(SERVICE_(HOST|PORT.*)|PORT(_.*)?|TEST_.*|BENCH_.*|SECRETS_DIR)")
+FOREIGN_VARIABLES = re.compile(
+    r"(SERVICE_(HOST|PORT.*)|PORT(_.*)?|TEST_.*|BENCH_.*|SECRETS_DIR|ENV_FILE)"
+)
 """Names behind our prefix that others set: Kubernetes makes `WATCHKEEPER_SERVICE_HOST`,
 `WATCHKEEPER_PORT_8080_TCP`, … of a service called `watchkeeper`."""
 
@@ -569,9 +574,25 @@ def _sources(
                 f"{SECRETS_DIR_VARIABLE}: {secrets_dir} is not a directory. Create it, or unset "
                 "the variable."
             )
-    if env_file.is_file():
-        yield ".env", partial(DotEnvSettingsSource, Settings, env_file=env_file)
+    for path in _env_files(env_file, problems):
+        yield ".env", partial(DotEnvSettingsSource, Settings, env_file=path)
     yield "env", partial(EnvSettingsSource, Settings)
+
+
+def _env_files(default: Path, problems: list[str]) -> Iterator[Path]:
+    """Name the files of settings, weakest first. One that was asked for must be there."""
+    named = os.environ.get(ENV_FILE_VARIABLE)
+    if not named:
+        if default.is_file():
+            yield default
+        return
+    for path in map(Path, named.split(os.pathsep)):
+        if path.is_file():
+            yield path
+        else:
+            problems.append(
+                f"{ENV_FILE_VARIABLE}: {path} is not a file. Create it, or take it off the list."
+            )
 
 
 def _read_secret_files(values: dict[str, Any], sources: dict[str, str]) -> list[str]:

@@ -260,6 +260,23 @@ def test_address_takes_the_port_that_was_bound(monkeypatch: pytest.MonkeyPatch) 
     assert settings.address(4711) == "http://[::1]:4711"
 
 
+def test_named_files_take_the_place_of_the_env_file_and_the_last_one_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("WATCHKEEPER_GROUP=from-env-file\n")
+    first, second = tmp_path / "common", tmp_path / "own"
+    first.write_text("WATCHKEEPER_GROUP=common\nWATCHKEEPER_LEASE_TTL_S=20\n")
+    second.write_text("WATCHKEEPER_GROUP=own\n")
+    settings = load(monkeypatch, ENV_FILE=f"{first}:{second}").settings
+    assert (settings.group, settings.lease_ttl_s) == ("own", 20)
+
+
+def test_a_named_file_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "is not a file" in refused(monkeypatch, ENV_FILE=str(tmp_path / "nowhere"))
+
+
 # --- anything ----------------------------------------------------------------------------------
 
 MARK = "sEcReT-9f2b7c"

@@ -1,6 +1,6 @@
 """Who may ask: the bearer token, compared in constant time.
 
-Never lives here: a token in clear. Only digests are kept, and no message repeats what was sent.
+Never lives here: a message that repeats what was sent.
 """
 
 from __future__ import annotations
@@ -26,17 +26,42 @@ OPEN_PATHS = frozenset(
 )
 """Answered without a token: health, and the documentation of the API, which holds no data."""
 
+TOKEN_CHARACTERS_MIN = 8
 AUTHORIZATION_BYTES_MAX = 4096
 """A longer header is refused unread; no token of ours comes near it."""
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-class Guard:
-    """Holds the digests of the accepted tokens."""
+class Tokens:
+    """The bearer tokens that are accepted now; another set may take their place at any moment.
 
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self._digests = tuple(_digest(value.encode()) for value in tokens)
+    `own` is the first: what this instance sends to others. Several are there for a change of token
+    without an interruption.
+    """
+
+    def __init__(self, accepted: Sequence[str]) -> None:
+        self.replace(accepted)
+
+    def replace(self, accepted: Sequence[str]) -> None:
+        """Accept these, and no others, from the next request on.
+
+        Raises `ValueError` when there is none, or one that is too short to be a secret.
+        """
+        if not accepted or any(len(value) < TOKEN_CHARACTERS_MIN for value in accepted):
+            raise ValueError(
+                f"every API token must have at least {TOKEN_CHARACTERS_MIN} characters, and one "
+                "must exist"
+            )
+        self.own = accepted[0]
+        self.digests = tuple(_digest(value.encode()) for value in accepted)
+
+
+class Guard:
+    """Lets requests pass that carry an accepted token."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
 
     def check(self, path: str, headers: Headers, query: bytes) -> None:
         """Let a request pass, or raise `ApiError(UNAUTHORIZED)`."""
@@ -67,7 +92,7 @@ class Guard:
             return False
         sent = _digest(secret.strip())
         # Every digest is compared, so that the time does not tell which one came close.
-        matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
+        matches = [hmac.compare_digest(sent, digest) for digest in self._tokens.digests]
         return any(matches)
 
 

@@ -121,7 +121,7 @@ async def _say_hello(
         "version": settings.version,
     }
     headers = [
-        (b"authorization", f"Bearer {settings.tokens[0]}".encode()),
+        (b"authorization", f"Bearer {settings.tokens.own}".encode()),
         (b"content-type", b"application/json"),
     ]
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from daemon.http.auth import Tokens
 from machine.records import AccountId, Identity, Message, MessageId, Transition
 from machine.states import State
 from machine.views import AccountView, Holder, LeaseStatus, PairingCode, QrCode, RestoreReport
@@ -126,9 +127,7 @@ class ApiSettings:
     Lengths of time are seconds; `…_bytes_max` are bytes.
     """
 
-    tokens: tuple[str, ...] = field(repr=False)
-    """Accepted bearer tokens. The first is our own, for hellos to the holder; several are there
-    for a change of token without an interruption."""
+    tokens: Tokens = field(repr=False)
     version: str
     bind: str = "127.0.0.1:8080"
     handoff_wait_s: float = 10.0
@@ -170,8 +169,6 @@ class ApiSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, with the names to change."""
-        if not self.tokens or any(len(value) < 8 for value in self.tokens):
-            raise ValueError("every API token must have at least 8 characters, and one must exist")
         if self.peer_ttl_s < 2 * self.hello_s:
             raise ValueError(
                 f"peer_ttl_s ({self.peer_ttl_s:g}) must be at least two hellos apart "

@@ -93,9 +93,10 @@ class Host:
     def log(self, unit: str) -> str:
         return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit).stdout
 
-    def write(self, path: str, content: str) -> None:
-        """Put a file there, readable by its root alone."""
-        self.run("sh", "-c", f"umask 077; mkdir -p $(dirname {path}); cat >{path}", text=content)
+    def write(self, path: str, content: str, mode: str = "600") -> None:
+        """Put a file there, readable by its root alone unless told otherwise."""
+        into = f"mkdir -p $(dirname {path}); cat >{path}; chmod {mode} {path}"
+        self.run("sh", "-c", into, text=content)
 
     def ask(self, port: int, path: str, *, method: str = "GET", body: object = None) -> Any:
         """One request to an instance in there, with the installed token; the JSON answer."""

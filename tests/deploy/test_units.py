@@ -16,6 +16,8 @@ from daemon.settings import Settings
 UNITS = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
 NAMES = ("watchkeeper.service", "watchkeeper@.service")
 EXPOSURE_MAX = 1.5
+ENV_FILE = "Environment=WATCHKEEPER_ENV_FILE="
+COMMON = "@SYSCONFDIR@/watchkeeper/watchkeeper.env"
 
 needs_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None and not os.environ.get("CI"),
@@ -73,11 +75,12 @@ def test_the_two_units_differ_only_in_whose_they_are() -> None:
     single, template = (settings_of(name) for name in NAMES)
     assert [line for line in single if line not in template] == [
         "Description=Watchkeeper, keeps WhatsApp accounts connected through redeploys",
+        f"{ENV_FILE}{COMMON}",
         "Environment=WATCHKEEPER_STATE_DIR=%S/watchkeeper/instance",
     ]
     assert [line for line in template if line not in single] == [
         "Description=Watchkeeper instance %i, keeps WhatsApp accounts connected through redeploys",
-        "EnvironmentFile=@SYSCONFDIR@/watchkeeper/%i.env",
+        f"{ENV_FILE}{COMMON}:@SYSCONFDIR@/watchkeeper/%i.env",
         "Environment=WATCHKEEPER_INSTANCE_NAME=%i",
         "Environment=WATCHKEEPER_STATE_DIR=%S/watchkeeper/%i",
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from daemon.http.auth import Tokens
 from daemon.http.ports import ApiSettings
 from machine.ports import StoreUnavailable
 from machine.records import (
@@ -41,7 +42,7 @@ NOW = 1_738_324_800.0
 
 def settings(**changes: object) -> ApiSettings:
     given: dict[str, object] = {
-        "tokens": (TOKEN,),
+        "tokens": Tokens((TOKEN,)),
         "version": "1.2.3",
         "bind": "127.0.0.1:0",
         "send_wait_s": 0.05,

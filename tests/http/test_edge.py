@@ -9,7 +9,7 @@ import pytest
 import trio
 from fastapi import APIRouter, Request
 
-from daemon.http.auth import OPEN_PATHS
+from daemon.http.auth import OPEN_PATHS, Tokens
 from daemon.http.errors import MEANINGS, STATUS_OF, ErrorCode, from_refusal
 from machine.states import State
 from tests.http.asking import Asking, asked_in_process
@@ -85,11 +85,20 @@ async def test_two_authorization_headers_are_refused(api: Asking) -> None:
 
 
 async def test_scheme_is_any_case_and_former_tokens_count(instance: FakeInstance) -> None:
-    given = settings(tokens=("a-new-token-1234", TOKEN))
+    given = settings(tokens=Tokens(("a-new-token-1234", TOKEN)))
     async with asked_in_process(instance, given) as api:
         for secret in ("a-new-token-1234", TOKEN):
             headers = {"authorization": f"bearer {secret}"}
             assert (await api.get("/api/status/dashboard", headers=headers)).status_code == 200
+
+
+async def test_tokens_are_exchanged_while_the_api_runs(instance: FakeInstance) -> None:
+    tokens = Tokens((TOKEN,))
+    async with asked_in_process(instance, settings(tokens=tokens)) as api:
+        tokens.replace(("a-new-token-1234",))
+        assert (await api.get("/api/status/dashboard")).status_code == 401
+        headers = {"authorization": "Bearer a-new-token-1234"}
+        assert (await api.get("/api/status/dashboard", headers=headers)).status_code == 200
 
 
 async def test_token_in_the_address_is_refused_even_when_right(api: Asking) -> None:
@@ -248,7 +257,7 @@ async def test_further_routes_are_behind_the_token_and_get_the_same_errors(
 
 def test_contradicting_settings_are_refused_with_their_numbers() -> None:
     with pytest.raises(ValueError, match="at least 8 characters"):
-        settings(tokens=())
+        Tokens(())
     with pytest.raises(ValueError, match=r"2 \* hello_s = 10"):
         settings(peer_ttl_s=9)
     with pytest.raises(ValueError, match="handoff_wait_s"):
