@@ -114,7 +114,7 @@ def test_stopping_one_of_two_services_hands_its_accounts_to_the_other(host: Host
 
     host.systemctl("stop", "watchkeeper@a")
     took_s = wait_until("b is ACTIVE", lambda: is_active_holder(host, "watchkeeper@b"), 10)
-    assert took_s < 2.0
+    assert took_s < 5.0
     wait_until("the account is back", lambda: status_of(host, "b", "anna") == "connected")
     message = {"accountId": "anna", "to": "4915112345678", "message": "Still here"}
     answer = host.ask(PORTS["b"], "/api/whatsapp/send-message", method="POST", body=message)
@@ -140,7 +140,7 @@ def test_a_hung_daemon_is_killed_and_started_again(host: Host, service: str) -> 
             and host.systemctl("is-active", service, check=False) == "active"
             and is_active_holder(host, service)
         ),
-        40,
+        90,
     )
     print(f"hung -> ACTIVE again: {took_s:.1f} s")
 
@@ -156,7 +156,7 @@ def test_a_killed_service_is_back_by_itself(host: Host, service: str) -> None:
             and host.systemctl("is-active", service, check=False) == "active"
             and is_active_holder(host, service)
         ),
-        40,
+        90,
     )
     print(f"killed -> ACTIVE again: {took_s:.1f} s")
 
