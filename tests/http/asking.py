@@ -22,6 +22,16 @@ from daemon.http.ports import ApiSettings, RenderMetrics
 from tests.http.documented import Document
 from tests.http.fakes import NOW, TOKEN, FakeInstance, Notes, World, make_message_id, settings
 
+HOLD_CONNECTIONS = """
+import resource, socket, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+held = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(int(sys.argv[2]))]
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+"""A program that opens connections to a port of this host, and holds them until its stdin ends."""
+
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 

@@ -27,7 +27,7 @@ from daemon.http.server import (
     raise_files_limit,
 )
 from machine.states import State
-from tests.http.asking import served, talking_to
+from tests.http.asking import HOLD_CONNECTIONS, served, talking_to
 from tests.http.fakes import (
     TOKEN,
     FakeInstance,
@@ -40,15 +40,6 @@ from tests.http.fakes import (
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-HOLD_CONNECTIONS = """
-import resource, socket, sys
-hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-held = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(int(sys.argv[2]))]
-print(len(held), flush=True)
-sys.stdin.read()
-"""
 
 GET = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
 H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
