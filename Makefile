@@ -8,6 +8,9 @@ MINUTES ?= 10
 BIN := .venv/bin
 RUN := .venv/run.stamp
 DEV := .venv/dev.stamp
+BAILEYS := daemon/bridge/node/node_modules/.package-lock.json
+# Not empty where the tests of the real connector can run.
+NODE := $(shell node -e 'process.versions.node.split(".")[0] >= 20 && console.log("yes")' 2>/dev/null)
 
 help: ## show what can be made here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -15,19 +18,23 @@ help: ## show what can be made here
 setup: $(DEV) ## set up .venv with everything that running and testing needs
 	@echo "Ready: .venv, with the watchkeeper command in .venv/bin."
 
+setup-whatsapp: $(BAILEYS) ## install Baileys for the connector to the real WhatsApp (needs Node.js 20 or later)
+	@echo "Ready: Baileys, in daemon/bridge/node. Set WATCHKEEPER_CONNECTOR=baileys to use it."
+
 run: $(RUN) ## start one instance on 127.0.0.1:8080 (SQLite, loopback WhatsApp); PORT=… for another
 	@exec deploy/dev/run.sh a $(PORT)
 
 run-standby: $(RUN) ## start a second instance that stands by, on port 8081; STANDBY_PORT=…
 	@exec deploy/dev/run.sh b $(STANDBY_PORT)
 
-test: $(DEV) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
+test: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
+	@$(if $(NODE),,echo "Node.js 20 is not here: the tests of the connector baileys are skipped.")
 	@$(BIN)/pytest -m "not long" $(ARGS)
 
-test-long: $(DEV) ## run the longer suites that `make test` leaves out
+test-long: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the longer suites that `make test` leaves out
 	@$(BIN)/pytest -m long $(ARGS)
 
-system-test: $(DEV) ## run the tests that start real processes, the long ones too
+system-test: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the tests that start real processes, the long ones too
 	@$(BIN)/pytest -m system $(ARGS)
 
 simulate: $(DEV) ## run simulated worlds: SEEDS=100 MINUTES=10; docs/simulation.md
@@ -72,4 +79,7 @@ $(RUN): requirements.lock pyproject.toml deploy/dev/setup.sh
 $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.sh
 	@deploy/dev/setup.sh requirements-dev.lock && touch $(RUN) $(DEV)
 
-.PHONY: help setup run run-standby test test-long system-test simulate check format bench docs lock install-systemd uninstall-systemd ci clean
+$(BAILEYS): daemon/bridge/node/package-lock.json daemon/bridge/node/package.json | $(RUN)
+	@$(BIN)/watchkeeper setup-whatsapp && touch $(BAILEYS)
+
+.PHONY: help setup setup-whatsapp run run-standby test test-long system-test simulate check format bench docs lock install-systemd uninstall-systemd ci clean

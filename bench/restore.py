@@ -168,7 +168,7 @@ async def _open_ports(settings: Settings, journal: LoguruJournal) -> AsyncIterat
     async with (
         open_local(settings.state_dir) as local,
         open_shared(settings, journal) as shared,
-        open_connector(settings) as parts,
+        open_connector(settings, journal) as parts,
     ):
         yield Ports(
             lease=shared.lease,

@@ -260,6 +260,38 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(Exit.REFUSED if bad else Exit.OK)
 
 
+@app.command("setup-whatsapp")
+def setup_whatsapp(
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--directory",
+            help="Where to; default: WATCHKEEPER_BRIDGE_DIR, or inside the installed package.",
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Install Baileys, as locked, for the connector `baileys`. Needs Node.js, npm and its registry.
+
+    No package's own scripts are run.
+    """
+    from daemon.bridge.install import SOURCES, BridgeUnusable, find_node, set_up
+    from daemon.terminal import complain
+
+    with _ending():
+        settings = _load().settings
+        where = directory or settings.bridge_dir or SOURCES
+        try:
+            node = find_node(settings.node)
+            baileys = set_up(where)
+        except BridgeUnusable as error:
+            complain(str(error))
+            raise typer.Exit(Exit.REFUSED) from None
+    typer.echo(f"Baileys {baileys} is in {where}, for Node.js {node.version}.")
+    if directory is not None and directory != settings.bridge_dir:
+        typer.echo(f"Set WATCHKEEPER_BRIDGE_DIR={directory.absolute()} for the instances.")
+
+
 @app.command()
 def cost(
     accounts: Annotated[int, typer.Option(min=0, help="How many accounts.")] = 100,

@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +19,13 @@ from pathlib import Path
 
 import trio
 
+from daemon.bridge.install import (
+    NODE_MAJOR_GOOD,
+    SOURCES,
+    BridgeUnusable,
+    check_install,
+    find_node,
+)
 from daemon.initialise import SHARED_FILE, STORE_S, open_lease_store
 from daemon.settings import (
     SECRET_FIELDS,
@@ -32,10 +38,8 @@ from daemon.settings import (
 )
 from machine.ports import LeaseMissing, StoreMisconfigured, StoreUnavailable
 
-NODE_MAJOR_MIN = 20
 FREE_BYTES_MIN = 256 * 1024 * 1024
 FILES_SPARE = 200
-NODE_ANSWER_S = 10.0
 
 
 class Verdict(StrEnum):
@@ -83,6 +87,7 @@ async def examine(loaded: Loaded) -> tuple[Finding, ...]:
         check_files_limit,
         check_port,
         check_node,
+        check_baileys,
     )
     for check in checks:
         # They touch the disk and other programs: a thread, so that Ctrl+C ends the command.
@@ -224,28 +229,37 @@ def check_node(settings: Settings) -> Iterator[Finding]:
     """Node.js is there and new enough, where the connector needs it."""
     if settings.connector is not ConnectorKind.BAILEYS:
         return
-    advice = f"Install Node.js {NODE_MAJOR_MIN} or later, or set WATCHKEEPER_NODE to its path."
-    program = shutil.which(settings.node)
-    if program is None:
-        yield _fail("node", f"{settings.node!r} is not there", advice)
+    try:
+        node = find_node(settings.node)
+    except BridgeUnusable as error:
+        yield _fail("node", *_cause_and_advice(error))
+        return
+    if node.major < NODE_MAJOR_GOOD:
+        yield _warn(
+            "node",
+            f"{node.path} is version {node.version}",
+            f"It works. With many accounts Node.js {NODE_MAJOR_GOOD} takes a fraction of the "
+            "processor time.",
+        )
+    else:
+        yield _ok("node", f"{node.path} is version {node.version}")
+
+
+def check_baileys(settings: Settings) -> Iterator[Finding]:
+    """Baileys is set up, in the version that this one is written for."""
+    if settings.connector is not ConnectorKind.BAILEYS:
         return
     try:
-        answer = subprocess.run(  # noqa: S603  # the program that the operator has set
-            [program, "--version"],
-            capture_output=True,
-            text=True,
-            timeout=NODE_ANSWER_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        yield _fail("node", f"{program} did not run: {type(error).__name__}", advice)
-        return
-    version = answer.stdout.strip().removeprefix("v")
-    major = version.split(".")[0]
-    if answer.returncode or not major.isdigit() or int(major) < NODE_MAJOR_MIN:
-        yield _fail("node", f"{program} is version {version or 'unknown'}", advice)
+        baileys = check_install(settings.bridge_dir or SOURCES)
+    except BridgeUnusable as error:
+        yield _fail("baileys", *_cause_and_advice(error))
     else:
-        yield _ok("node", f"{program} is version {version}")
+        yield _ok("baileys", f"version {baileys}")
+
+
+def _cause_and_advice(error: BridgeUnusable) -> tuple[str, str]:
+    cause, _, advice = str(error).rpartition(": ")
+    return cause, f"{advice[:1].upper()}{advice[1:]}."
 
 
 async def check_store(settings: Settings) -> Finding:

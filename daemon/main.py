@@ -19,10 +19,23 @@ from random import SystemRandom
 from typing import TYPE_CHECKING
 
 import trio
+from msgspec import UNSET
 
 import daemon
 from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
 from daemon.baileys_import import LegacyDirectories
+from daemon.bridge.connector import BaileysConnector, BridgeLimits, open_baileys
+from daemon.bridge.events import BRIDGE_EVENTS
+from daemon.bridge.frames import Options
+from daemon.bridge.install import (
+    NODE_MAJOR_GOOD,
+    PROGRAM,
+    SOURCES,
+    BridgeUnusable,
+    check_install,
+    find_node,
+)
+from daemon.bridge.process import ProcessPlan
 from daemon.http.app import serve_api, serve_metrics
 from daemon.http.auth import Tokens
 from daemon.http.documented import WITH_BODY, errors
@@ -67,8 +80,15 @@ DAEMON_EVENTS = {
     "instance.refused": EventKind(Level.ERROR, "not started: {error}"),
     "store.troubled": EventKind(Level.WARNING, "{sentence}"),
     **RELOAD_EVENTS,
+    **BRIDGE_EVENTS,
 }
-"""What only the composition root tells."""
+"""What the composition root tells, and the connectors that it opens."""
+
+CONNECT_MS = 20_000
+DEVICE = ("Ubuntu", "Chrome", "22.04.4")
+"""What the phone lists an account's device as; pairing codes are given to known browsers only."""
+BRIDGE_ACCOUNTS_MAX = 200
+BRIDGE_ACCOUNTS_MAX_OLD_NODE = 50
 
 
 LOOPBACK_ERRORS = (ErrorCode.NOT_AWAITING_SCAN, ErrorCode.STORE_UNAVAILABLE, *WITH_BODY)
@@ -153,14 +173,13 @@ class Parts:
 
 
 @asynccontextmanager
-async def open_connector(settings: Settings) -> AsyncIterator[Parts]:
-    """Make the configured connector. Raises `StoreMisconfigured` for one that is not there yet."""
-    if settings.connector is not ConnectorKind.LOOPBACK:
-        raise StoreMisconfigured(
-            f"connector {settings.connector} is not part of this version: "
-            "set WATCHKEEPER_CONNECTOR=loopback"
-        )
+async def open_connector(settings: Settings, journal: LoguruJournal) -> AsyncIterator[Parts]:
+    """Make the configured connector. Raises `BridgeUnusable`."""
     clocks = HostClocks()
+    if settings.connector is ConnectorKind.BAILEYS:
+        async with _open_baileys(settings, journal, clocks) as connector:
+            yield Parts(connector, ())
+        return
     world = LoopbackWorld(settings.loopback_dir, clocks=clocks)
     try:
         yield Parts(
@@ -169,6 +188,56 @@ async def open_connector(settings: Settings) -> AsyncIterator[Parts]:
         )
     finally:
         world.close()
+
+
+@asynccontextmanager
+async def _open_baileys(
+    settings: Settings, journal: LoguruJournal, clocks: HostClocks
+) -> AsyncIterator[BaileysConnector]:
+    """Open the real connector, a bridge process on its way. Raises `BridgeUnusable`."""
+    directory = settings.bridge_dir or SOURCES
+    node = await trio.to_thread.run_sync(find_node, settings.node)
+    await trio.to_thread.run_sync(check_install, directory)
+    old = node.major < NODE_MAJOR_GOOD
+    limits = BridgeLimits(
+        accounts_max=settings.bridge_accounts_max
+        or (BRIDGE_ACCOUNTS_MAX_OLD_NODE if old else BRIDGE_ACCOUNTS_MAX),
+        deaths_max=settings.bridge_deaths_max,
+        deaths_within_s=settings.bridge_deaths_within_s,
+    )
+    if old:
+        journal.note(
+            "bridge.node_old",
+            node=node.version,
+            better=NODE_MAJOR_GOOD,
+            accounts_max=limits.accounts_max,
+        )
+    plan = ProcessPlan(
+        (node.path, str(directory.absolute() / PROGRAM)),
+        make_bridge_options(settings),
+        ping_s=settings.bridge_ping_s,
+    )
+    async with open_baileys(
+        plan, limits, journal=journal, clocks=clocks, rng=SystemRandom()
+    ) as connector:
+        watch = journal.metrics.watch
+        watch("bridge_processes", "Bridge processes.", lambda: connector.process_count)
+        watch("bridge_started", "Bridge processes started so far.", lambda: connector.started)
+        watch("bridge_connections", "Accounts in them.", lambda: connector.connection_count)
+        watch("bridge_resident_bytes", "Their memory.", lambda: connector.rss_bytes)
+        yield connector
+
+
+def make_bridge_options(settings: Settings) -> Options:
+    """What all connections of a bridge process have in common, from the settings."""
+    return Options(
+        browser=DEVICE,
+        # Baileys' own log is for those who ask for everything.
+        log_level="debug" if settings.log_level is Level.DEBUG else "warning",
+        connect_timeout_ms=CONNECT_MS,
+        url=settings.whatsapp_url or UNSET,
+        url_insecure=True if settings.whatsapp_url_insecure else UNSET,
+    )
 
 
 def make_codec(settings: Settings) -> PackedAuthCodec:
@@ -216,7 +285,7 @@ async def serve(settings: Settings) -> int:
         code = EXIT_OK
         try:
             await _serve(settings, journal)
-        except* (StoreMisconfigured, StateDirInUse, BindFailed) as refused:
+        except* (StoreMisconfigured, StateDirInUse, BindFailed, BridgeUnusable) as refused:
             code = EXIT_SETTINGS
             _tell(journal, refused)
         except* StoreUnavailable as away:
@@ -252,7 +321,7 @@ async def _serve(settings: Settings, journal: LoguruJournal) -> None:
             async with (
                 open_local(settings.state_dir) as local,
                 open_shared(settings, journal) as shared,
-                open_connector(settings) as parts,
+                open_connector(settings, journal) as parts,
             ):
                 ports = _make_ports(settings, journal, local, shared, parts.connector)
                 instance = Instance(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -125,10 +126,18 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _web_socket_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in {"ws", "wss"} or not parts.hostname or parts.username or parts.password:
+        raise ValueError("must be a WebSocket's address such as ws://127.0.0.1:9000/ws/chat")
+    return text
+
+
 UNSPECIFIED_HOSTS = frozenset({"0.0.0.0", "::", "[::]", "*"})  # noqa: S104  # named to refuse them
 
 Bind = Annotated[str, AfterValidator(_bind)]
 Url = Annotated[str, AfterValidator(_url)]
+WebSocketUrl = Annotated[str, AfterValidator(_web_socket_url)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -368,7 +377,48 @@ class Settings(BaseSettings):
         le=86_400,
         description="Seconds between refreshes of a standby's copy (each reads every account).",
     )
+
+    # --- WhatsApp, with connector `baileys` ---
     node: str = Field(default="node", description="The Node.js program, with connector `baileys`.")
+    bridge_dir: Path | None = Field(
+        default=None,
+        description="Directory that `watchkeeper setup-whatsapp` has put Baileys into. Default: "
+        "inside the installed package.",
+    )
+    bridge_accounts_max: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Accounts in one bridge process; more open another one. Default: 200 with "
+        "Node 24 or later, 50 below it.",
+    )
+    bridge_ping_s: float = Field(
+        default=10.0,
+        ge=1,
+        le=300,
+        description="Seconds in which a bridge process answers a ping; else it hangs, is killed, "
+        "and its accounts are opened in another.",
+    )
+    bridge_deaths_max: int = Field(
+        default=5,
+        ge=0,
+        le=1000,
+        description="Bridge processes that may die within `WATCHKEEPER_BRIDGE_DEATHS_WITHIN_S`; "
+        "with one more the instance lets another try.",
+    )
+    bridge_deaths_within_s: float = Field(
+        default=60.0, ge=1, le=3600, description="Seconds that deaths of bridge processes count."
+    )
+    whatsapp_url: WebSocketUrl | None = Field(
+        default=None,
+        description="Another server than WhatsApp's, for tests: `ws://127.0.0.1:PORT/ws/chat`. "
+        "This host only; refused with `WATCHKEEPER_PRODUCTION=true`.",
+    )
+    whatsapp_url_insecure: bool = Field(
+        default=False,
+        description="Accept a `WATCHKEEPER_WHATSAPP_URL` on another host. TLS to WhatsApp's own "
+        "address is all that says whom we speak to: for tests only.",
+    )
 
     # --- telling ---
     log_format: LogFormat = Field(
@@ -673,6 +723,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     if settings.metrics_bind is not None and settings.metrics_bind == settings.http_bind:
         yield f"{PREFIX}METRICS_BIND is the API's own address. Choose another port."
     yield from _bad_secrets(settings)
+    yield from _bad_whatsapp_url(settings)
     if settings.production and settings.firestore_emulator_host:
         yield (
             "FIRESTORE_EMULATOR_HOST is set with WATCHKEEPER_PRODUCTION=true: an emulator keeps "
@@ -683,6 +734,30 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             "WATCHKEEPER_CONNECTOR is loopback with WATCHKEEPER_PRODUCTION=true: no message would "
             "ever leave. Set WATCHKEEPER_CONNECTOR=baileys."
         )
+
+
+def _bad_whatsapp_url(settings: Settings) -> Iterator[str]:
+    if settings.whatsapp_url is None:
+        return
+    if settings.production:
+        yield (
+            f"{PREFIX}WHATSAPP_URL is set with {PREFIX}PRODUCTION=true: whoever answers there "
+            "would be taken for WhatsApp. Unset one of them."
+        )
+    host = urlsplit(settings.whatsapp_url).hostname or ""
+    if not (settings.whatsapp_url_insecure or host == "localhost" or _is_loopback(host)):
+        yield (
+            f"{PREFIX}WHATSAPP_URL is on another host, and whoever answers there would be taken "
+            f"for WhatsApp. Use a server on this host, or set {PREFIX}WHATSAPP_URL_INSECURE=true "
+            "in a test that needs it."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _bad_secrets(settings: Settings) -> Iterator[str]:

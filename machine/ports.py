@@ -431,7 +431,15 @@ class ServerAck:
 
 
 class Connection(Protocol):
-    """One account's live connection. Exists from `open_connection` to the end of that block."""
+    """One account's live connection. Exists from `open_connection` to the end of that block.
+
+    Keys are told in the order in which they changed, whoever is told: those of a `ServerAck` too.
+    `next_event` returns nothing that changed after an ack before that ack's caller has run on to
+    its own next await, and `send_text` returns no ack before everything that changed earlier was
+    returned by `next_event`. So two tasks that hand keys to the ledger as they get them, without an
+    await in between, hand them over in order; an old ratchet never overwrites a newer one. For that
+    somebody must be reading events while messages are sent.
+    """
 
     async def next_event(self) -> ConnectionEvent:
         """Wait for the next event. Raises `ConnectionClosed` once all earlier ones were read."""

@@ -27,7 +27,7 @@ ACCOUNT = {"accountId": "sales", "name": "Sales", "status": "connected", "phone"
 
 COMMANDS = {
     *("run", "init", "keygen", "config", "doctor", "cost", "diagram", "status", "accounts"),
-    *("send", "step-down", "drain", "import", "loopback"),
+    *("send", "step-down", "drain", "import", "loopback", "setup-whatsapp"),
 }
 
 Answer = tuple[int, dict[str, Any] | str]

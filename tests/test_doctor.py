@@ -139,7 +139,12 @@ def test_taken_port_is_a_warning_and_a_foreign_address_a_failure(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("version", "verdict"),
-    [("v22.1.0", Verdict.OK), ("v18.20.0", Verdict.FAIL), ("what", Verdict.FAIL)],
+    [
+        ("v24.1.0", Verdict.OK),
+        ("v20.1.0", Verdict.WARN),
+        ("v18.20.0", Verdict.FAIL),
+        ("what", Verdict.FAIL),
+    ],
 )
 def test_node_must_be_new_enough(tmp_path: Path, version: str, verdict: Verdict) -> None:
     node = tmp_path / "node"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-NODE_SIDE = Path(__file__).resolve().parents[3] / "daemon" / "bridge" / "node"
-INSTALL_TIMEOUT_S = 300
+from daemon.bridge.install import SOURCES as NODE_SIDE
+from daemon.bridge.install import BridgeUnusable, check_install, set_up
+
+__all__ = ["NODE_SIDE", "install_node_side", "skip_or_fail"]
 
 
 def skip_or_fail(reason: str) -> None:
@@ -27,23 +27,14 @@ def install_node_side() -> Path:
     for tool in ("node", "npm"):
         if shutil.which(tool) is None:
             skip_or_fail("needs Node >= 20 and npm")
-    lock_file = NODE_SIDE / "package-lock.json"
-    wanted = hashlib.sha256(lock_file.read_bytes()).hexdigest()
-    installed = NODE_SIDE / "node_modules" / ".installed"
-    with lock_file.open("rb") as opened:
+    with (NODE_SIDE / "package-lock.json").open("rb") as opened:
         # Two test runs may begin at once; the lock file itself is never written.
         fcntl.flock(opened, fcntl.LOCK_EX)
-        if installed.exists() and installed.read_text() == wanted:
-            return NODE_SIDE
-        command = "npm ci --ignore-scripts --omit=optional --no-audit --no-fund"
-        done = subprocess.run(
-            command.split(),
-            cwd=NODE_SIDE,
-            timeout=INSTALL_TIMEOUT_S,
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            skip_or_fail("needs Baileys, and `npm ci` in daemon/bridge/node failed")
-        installed.write_text(wanted)
+        try:
+            check_install(NODE_SIDE)
+        except BridgeUnusable:
+            try:
+                set_up(NODE_SIDE)
+            except BridgeUnusable as error:
+                skip_or_fail(f"needs Baileys: {error}")
     return NODE_SIDE
