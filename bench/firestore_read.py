@@ -21,11 +21,18 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import firestore
 
 from daemon.firestore import protos
-from daemon.firestore.accounts import COMMIT_WRITES_MAX, FirestoreAccountStore
+from daemon.firestore.accounts import FirestoreAccountStore
 from daemon.firestore.client import FirestoreClient, open_firestore
 from daemon.firestore.layout import ACCOUNTS, Layout, account_write
 from daemon.firestore.lease import COLLECTION
-from machine.records import MAIN_PART, Account, AccountId, AccountStatus, Version
+from machine.records import (
+    COMMIT_WRITES_MAX,
+    MAIN_PART,
+    Account,
+    AccountId,
+    AccountStatus,
+    Version,
+)
 from tests.emulator import new_project, start_emulator
 
 GROUP = "bench"

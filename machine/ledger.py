@@ -10,6 +10,7 @@ Never lives here: what the change means (`machine.session`, `machine.outbox`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,14 @@ from machine.limits import Durability, Limits
 from machine.places import Places, last_used_at
 from machine.ports import (
     AccountExists,
+    AuthTooLarge,
     MessageExists,
     Ports,
     StaleWrite,
     StoreUnavailable,
 )
 from machine.records import (
+    COMMIT_BYTES_MAX,
     Account,
     AccountCommit,
     AccountCopy,
@@ -50,6 +53,9 @@ COMMIT_BACKOFF = Backoff(first_s=0.05, factor=2.0, cap_s=2.0, jitter=0.5)
 
 READOPTIONS_MAX = 5
 """How often one commit may find the account changed under it before it is given up."""
+
+BATCH_TEXT_BYTES_MAX = COMMIT_BYTES_MAX // 2
+"""Of messages that share a commit; the other half is for keys. What is over goes with the next."""
 
 
 class AccountVanished(Exception):
@@ -104,6 +110,12 @@ class _Entry:
         if error is not None and self.failed is not None:
             self.failed(error)
         self.done.set()
+
+    @property
+    def text_bytes(self) -> int:
+        """How much its messages say."""
+        new = () if self.new_message is None else (self.new_message,)
+        return sum(len(message.text.encode()) for message in (*new, *self.messages))
 
     @property
     def empty(self) -> bool:
@@ -354,7 +366,11 @@ class Ledger:
         """
         batch: list[_Entry] = []
         new: set[MessageId] = set()
+        text_bytes = 0
         for entry in self._waiting[: self._limits.commit_messages_max]:
+            text_bytes += entry.text_bytes
+            if batch and text_bytes > BATCH_TEXT_BYTES_MAX:
+                break
             if entry.new_message is not None:
                 if entry.new_message.message_id in new:
                     break
@@ -460,8 +476,9 @@ class Ledger:
         Raises `MessageExists`, `AccountVanished`, `StoreAway`; ends the term when fenced out.
         """
         for _ in range(READOPTIONS_MAX):
-            full = self._with_what_is_behind(commit)
             try:
+                await self._catch_up(commit)
+                full = self._with_what_is_behind(commit)
                 stamp = await self._send(full)
             except StaleWrite as stale:
                 self._ports.journal.note(
@@ -497,6 +514,30 @@ class Ledger:
             parts=parts,
             messages=tuple(messages.values()),
         )
+
+    async def _catch_up(self, commit: AccountCommit) -> None:
+        """Send what only this disk has ahead of `commit`, while both are too much for one commit.
+
+        Keys first, messages after them: a message whose ack did not make it is sent again by
+        whoever takes over in between, under the id that its recipient knows. The other way round,
+        the next message would be encrypted with keys that were used before.
+        """
+        while not self._with_what_is_behind(commit).fits:
+            step = _as_far_as_it_fits(self._with_what_is_behind(self._build([], {})))
+            if step is None:
+                self._ports.journal.note(
+                    "commit.refused",
+                    account_id=self.account_id,
+                    reason="its keys are more than one commit takes",
+                )
+                raise AuthTooLarge(
+                    f"account {self.account_id}: its keys are more than one commit takes"
+                )
+            self._adopt(step, await self._send(step))
+            self._push = False
+            self._behind.parts.clear()
+            for message in step.messages:
+                del self._behind.messages[message.message_id]
 
     async def _send(self, commit: AccountCommit) -> Stamp:
         def noted(tries: int, error: Exception, pause_s: float) -> None:
@@ -747,6 +788,19 @@ class Ledger:
 
     def _make_commit_id(self) -> str:
         return f"{self._term.grant.epoch}-{self._ports.rng.getrandbits(64):016x}"
+
+
+def _as_far_as_it_fits(step: AccountCommit) -> AccountCommit | None:
+    """`step` with as many of its messages as one commit takes; `None` when that is of no use."""
+
+    def shortened(count: int) -> AccountCommit:
+        return replace(step, messages=step.messages[:count])
+
+    over = bisect_left(
+        range(len(step.messages) + 1), True, key=lambda count: not shortened(count).fits
+    )
+    first = shortened(over - 1) if over else None
+    return first if first is not None and (first.parts or first.messages) else None
 
 
 def _fail(batch: list[_Entry], error: Exception) -> None:

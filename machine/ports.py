@@ -20,6 +20,8 @@ from typing import Protocol
 import trio
 
 from machine.records import (
+    COMMIT_BYTES_MAX,
+    COMMIT_WRITES_MAX,
     Account,
     AccountCommit,
     AccountCopy,
@@ -123,6 +125,15 @@ class LeaseStore(Protocol):
 # --- accounts and outbox ---------------------------------------------------------------------
 
 
+def check_fits(commit: AccountCommit) -> None:
+    """What every store does first: one that has no limit must not hide that another has."""
+    if not commit.fits:
+        raise ValueError(
+            f"a commit of {commit.write_count} documents and {commit.byte_count} bytes; at most "
+            f"{COMMIT_WRITES_MAX} and {COMMIT_BYTES_MAX} fit in one"
+        )
+
+
 class StaleWrite(Exception):
     """The account is not at the stamp the write expected, or the epoch is not the newest."""
 
@@ -162,7 +173,8 @@ class AccountStore(Protocol):
     async def commit(self, commit: AccountCommit) -> Stamp:
         """Apply one account's commit, or find it applied already; the account's new stamp.
 
-        Raises `StaleWrite`, `MessageExists`, `StoreUnavailable`.
+        Raises `StaleWrite`, `MessageExists`, `StoreUnavailable`; `ValueError`, and nothing is
+        written, when it does not fit (`AccountCommit.fits`).
         """
         ...
 

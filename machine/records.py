@@ -324,6 +324,17 @@ class Grant:
     fence_stamp: Stamp
 
 
+COMMIT_WRITES_MAX = 500
+"""Documents in one commit; the Firestore emulator and older databases refuse more."""
+
+COMMIT_BYTES_MAX = 9 * 1024 * 1024
+"""Of one commit; Firestore's limit is 10 MiB for the whole request
+(https://firebase.google.com/docs/firestore/quotas)."""
+
+DOCUMENT_BYTES = 4096
+"""What a document adds to its text or part: its name, its fields, a key given by a caller."""
+
+
 @dataclass(frozen=True, slots=True)
 class AccountCommit:
     """One atomic, fenced change of one account and of messages in its outbox.
@@ -348,6 +359,26 @@ class AccountCommit:
     inbound: tuple[InboundMessage, ...] = ()
     """Received messages, each at most once. One that is stored already is left as it is; the
     others get the places of this `version`, in order. With any, `version` has risen."""
+
+    @property
+    def write_count(self) -> int:
+        """Documents that it writes: the account with its main part, and each of the others."""
+        others = sum(part != MAIN_PART for part in self.parts)
+        return 1 + others + len(self.new_messages) + len(self.messages) + len(self.inbound)
+
+    @property
+    def byte_count(self) -> int:
+        """About how large it is, and never less: what a store with a limit on bytes counts."""
+        texts = [message.text for message in (*self.new_messages, *self.messages)]
+        texts += [message.text for message in self.inbound]
+        parts = [part for part in self.parts.values() if part is not None]
+        bodies = sum(map(len, parts)) + sum(len(text.encode()) for text in texts)
+        return bodies + DOCUMENT_BYTES * self.write_count
+
+    @property
+    def fits(self) -> bool:
+        """Whether a store takes it in one piece."""
+        return self.write_count <= COMMIT_WRITES_MAX and self.byte_count <= COMMIT_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from machine.ledger import AccountVanished, Ledger
 from machine.limits import Durability, Limits
 from machine.places import Places
 from machine.ports import (
+    AuthTooLarge,
     Bridge,
     ConnectorDown,
     Ports,
@@ -305,7 +306,7 @@ class Term:
 
 async def _flush(ledger: Ledger) -> None:
     # What one account's ledger cannot write was told when it was tried; the drain goes on.
-    with suppress(AccountVanished, StoreAway):
+    with suppress(AccountVanished, AuthTooLarge, StoreAway):
         await ledger.flush()
 
 

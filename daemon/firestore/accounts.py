@@ -49,8 +49,11 @@ from machine.ports import (
     StaleWrite,
     StoreMisconfigured,
     StoreUnavailable,
+    check_fits,
 )
 from machine.records import (
+    COMMIT_BYTES_MAX,
+    COMMIT_WRITES_MAX,
     MAIN_PART,
     Account,
     AccountCommit,
@@ -63,13 +66,6 @@ from machine.records import (
     Stamp,
     Version,
 )
-
-COMMIT_WRITES_MAX = 500
-"""Writes in one commit; the emulator and older databases refuse more."""
-
-COMMIT_BYTES_MAX = 9 * 1024 * 1024
-"""Of one commit; Firestore's limit is 10 MiB for the whole request
-(https://firebase.google.com/docs/firestore/quotas)."""
 
 SEAL_COMMITS_IN_FLIGHT_MAX = 4
 
@@ -150,6 +146,7 @@ class FirestoreAccountStore(AccountStore):
         return stamp_from(response.write_results[0].update_time)
 
     async def commit(self, commit: AccountCommit) -> Stamp:
+        check_fits(commit)
         try:
             response = await self._client.commit(self._writes_of(commit))
         except Refused as refused:
@@ -215,6 +212,8 @@ class FirestoreAccountStore(AccountStore):
         Raises `StoreUnavailable` when that is not known for all of them. The same commits may
         then be sealed again: what was applied is recognised.
         """
+        for commit in commits:
+            check_fits(commit)
         answers: list[Stamp | None] = [None] * len(commits)
         failures: list[Exception] = []
         places = trio.Semaphore(SEAL_COMMITS_IN_FLIGHT_MAX)
@@ -292,7 +291,7 @@ class FirestoreAccountStore(AccountStore):
     def _writes_of(self, commit: AccountCommit) -> list[Proto]:
         """A commit's writes, the account's first: it carries the precondition."""
         name = self._layout.account(commit.account.account_id)
-        writes = [
+        return [
             account_write(
                 name,
                 commit.account,
@@ -306,9 +305,6 @@ class FirestoreAccountStore(AccountStore):
             *(message_write(self._layout, message, new=False) for message in commit.messages),
             *self._inbound_writes(commit),
         ]
-        if len(writes) > COMMIT_WRITES_MAX:
-            raise ValueError(f"{len(writes)} writes in one commit; {COMMIT_WRITES_MAX} at most")
-        return writes
 
     def _inbound_writes(self, commit: AccountCommit) -> Iterator[Proto]:
         version = commit.version

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from daemon.sqlite import inbox_rows, lease_rows, message_rows
-from machine.ports import AccountExists, MessageExists, StaleWrite
+from machine.ports import AccountExists, MessageExists, StaleWrite, check_fits
 from machine.records import (
     MAIN_PART,
     Account,
@@ -178,6 +178,7 @@ def create(
 
 def commit(connection: sqlite3.Connection, commit: AccountCommit) -> Stamp:
     """Apply one commit, or find it applied. Raises `StaleWrite`, `MessageExists`."""
+    check_fits(commit)
     account = commit.account
     account_id = account.account_id
     row = connection.execute(

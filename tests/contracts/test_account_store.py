@@ -9,6 +9,7 @@ import trio
 
 from machine.ports import AccountExists, MessageExists, StaleWrite, StoreUnavailable
 from machine.records import (
+    COMMIT_WRITES_MAX,
     MAIN_PART,
     Account,
     AccountCopy,
@@ -251,6 +252,44 @@ async def test_a_taken_message_id_writes_nothing_and_shows_what_is_there(
     for message_id in ("m0", "m2"):
         assert await world.outbox.fetch_message(MessageId(message_id)) is None
     await world.accounts.commit(replace(commit, new_messages=(a_message("m0"),)))
+
+
+async def test_a_commit_is_taken_up_to_the_limit_and_refused_whole_over_it(
+    world: SharedWorld,
+) -> None:
+    await world.lease.initialise()
+    grant = await acquire(world.lease)
+    stamp = await create(world.accounts, grant)
+    # The account is one write, with its main part; the message that is one too many another.
+    messages = [a_message(f"m{number}") for number in range(COMMIT_WRITES_MAX)]
+    commit = a_commit(grant, stamp, parts={MAIN_PART: MAIN}, new_messages=messages[:-1])
+    assert commit.fits
+    over = replace(commit, new_messages=tuple(messages))
+    assert not over.fits
+    with pytest.raises(ValueError, match="501 documents"):
+        await world.accounts.commit(over)
+    assert await world.outbox.fetch_message(messages[0].message_id) is None
+    stamp = await world.accounts.commit(commit)
+    assert len(await world.outbox.list_pending()) == COMMIT_WRITES_MAX - 1
+    with pytest.raises(ValueError, match="501 documents"):
+        await world.accounts.seal([replace(over, stamp=stamp)])
+
+
+async def test_a_commit_of_too_many_bytes_is_refused_whole(world: SharedWorld) -> None:
+    await world.lease.initialise()
+    grant = await acquire(world.lease)
+    stamp = await create(world.accounts, grant)
+    large = "ä" * 60_000
+    messages = tuple(replace(a_message(f"m{number}"), text=large) for number in range(80))
+    sizes = [a_commit(grant, stamp, new_messages=messages[:count]).fits for count in range(81)]
+    most = sizes.index(False) - 1
+    assert 70 < most < 80
+    with pytest.raises(ValueError, match="bytes"):
+        await world.accounts.commit(a_commit(grant, stamp, new_messages=messages[: most + 1]))
+    assert not await world.outbox.list_pending()
+    # The emulator takes 4 MiB in one call and not, as Firestore itself, 10.
+    await world.accounts.commit(a_commit(grant, stamp, new_messages=messages[:30]))
+    assert len(await world.outbox.list_pending()) == 30
 
 
 async def test_fifty_commits_of_fifty_accounts_at_once_all_land(world: SharedWorld) -> None:

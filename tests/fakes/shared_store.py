@@ -23,6 +23,7 @@ from machine.ports import (
     MessageExists,
     StaleWrite,
     StoreUnavailable,
+    check_fits,
 )
 from machine.records import (
     MAIN_PART,
@@ -521,9 +522,12 @@ class FakeSharedStore:
         )
 
     async def commit(self, commit: AccountCommit) -> Stamp:
+        check_fits(commit)
         return await self._ask("commit", lambda: self.state.commit(commit))
 
     async def seal(self, commits: Sequence[AccountCommit]) -> Sequence[Stamp | None]:
+        for commit in commits:
+            check_fits(commit)
         return await self._ask("seal", lambda: self.state.seal(commits))
 
     async def remove_account(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import trio
@@ -14,8 +15,10 @@ from machine.ledger import AccountVanished, Ledger
 from machine.limits import Durability
 from machine.outbox import moved
 from machine.places import Places
-from machine.ports import AuthUnreadable, MessageExists, StaleWrite
+from machine.ports import AuthTooLarge, AuthUnreadable, MessageExists, StaleWrite
 from machine.records import (
+    COMMIT_BYTES_MAX,
+    COMMIT_WRITES_MAX,
     MAIN_PART,
     AccountCommit,
     AccountCopy,
@@ -33,7 +36,7 @@ from machine.records import (
 )
 from machine.refusals import NotActive
 from tests.fakes.local_store import FakeLocalStore
-from tests.fakes.shared_store import LOST_REPLY, Passage
+from tests.fakes.shared_store import CALM, LOST_REPLY, Passage
 from tests.machine.lab import ANN, LIMITS, Host, Lab, open_lab
 
 CREDS = KeyName("creds")
@@ -554,6 +557,85 @@ async def test_a_flush_waits_for_the_local_commit_that_is_in_flight_too(
         bench.ledger.post(keys=mark(b"in flight"))
         await bench.ledger.flush()
         assert bench.keys(bench.stored())[MARK] == b"in flight"
+
+
+async def fall_behind(bench: Bench, count: int) -> None:
+    """Let only the disk have the acks of `count` messages, and keys that changed with each."""
+    await bench.ledger.write(keys=mark(b"before"))
+    await bench.ledger.flush()
+    bench.host.store.weather = lambda _operation: Passage(delivered=False)
+    for n in range(count):
+        acked = moved(message(f"m{n}"), MessageState.SERVER_ACK, at=2.0, epoch=7)
+        await bench.ledger.write(keys=mark(b"%d" % n), messages=(acked,))
+
+
+async def test_after_a_long_outage_what_is_behind_follows_in_several_commits(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_bench(durability=Durability.LOCAL) as bench:
+        count = 2 * COMMIT_WRITES_MAX + 100
+        await fall_behind(bench, count)
+        before = bench.commits
+        bench.host.store.weather = lambda _operation: CALM
+        await bench.ledger.flush()
+        assert len(bench.lab.state.messages) == count
+        assert bench.keys(bench.stored())[MARK] == b"%d" % (count - 1)
+        local = bench.host.local.copies[ANN]
+        assert (bench.stored().version, dict(bench.stored().parts)) == (
+            local.version,
+            dict(local.parts),
+        )
+        # Those that went without an answer during the outage, and the three that were needed.
+        assert bench.commits - before <= 4
+        await bench.ledger.write(keys=mark(b"goes on"))
+        await bench.ledger.flush()
+        assert bench.keys(bench.stored())[MARK] == b"goes on"
+
+
+async def test_keys_are_ahead_of_acks_between_the_commits_that_catch_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_bench(durability=Durability.LOCAL) as bench:
+        count = 2 * COMMIT_WRITES_MAX
+        await fall_behind(bench, count)
+        await trio.sleep(LIMITS.replicate_within_s)
+        # The first that arrives is the last one too: a crash between them.
+        arrived = [Passage(), *[Passage(delivered=False)] * 20]
+        bench.host.store.weather = lambda _operation: arrived.pop(0)
+        with trio.move_on_after(20):
+            await bench.ledger.flush()
+        acked = len(bench.lab.state.messages)
+        assert 0 < acked < COMMIT_WRITES_MAX
+        assert bench.keys(bench.stored())[MARK] == b"%d" % (count - 1)
+        assert bench.stored().version == bench.host.local.copies[ANN].version
+        assert not bench.ledger.flushed
+
+
+async def test_large_messages_share_commits_that_fit(autojump_clock: MockClock) -> None:
+    async with open_bench() as bench:
+        bench.host.store.delay(0.1)
+        large = "x" * 250_000
+        async with trio.open_nursery() as nursery:
+            for n in range(60):
+                new = replace(message(f"m{n}"), text=large)
+                nursery.start_soon(partial(bench.ledger.write, new_message=new))
+        assert len(bench.lab.state.messages) == 60
+
+
+async def test_keys_too_large_for_one_commit_are_told_and_stay_on_this_disk(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_bench(durability=Durability.LOCAL) as bench:
+        await bench.ledger.write(keys=mark(b"before"))
+        await bench.ledger.flush()
+        bench.lab.codec.part_bytes_max = 4 * COMMIT_BYTES_MAX
+        huge = bytes(COMMIT_BYTES_MAX)
+        await bench.ledger.write(keys=KeyChange({SESSION: huge}))
+        with pytest.raises(AuthTooLarge, match="ann"):
+            await bench.ledger.flush()
+        assert bench.host.journal.of("commit.refused")
+        assert not bench.ledger.flushed
+        assert bench.keys(bench.host.local.copies[ANN])[SESSION] == huge
 
 
 # --- the keys as a whole
