@@ -126,9 +126,15 @@ EVENTS: dict[str, EventKind] = {
     "message.accepted": _debug("message {message_id} of {account_id} accepted"),
     "message.acked": _debug("message {message_id} of {account_id} acknowledged by the server"),
     "message.retried": _info("message {message_id} of {account_id} goes out again: {cause}"),
+    "message.received": _debug("message {message_id} for {account_id} received and stored"),
+    "message.look_dropped": _warning(
+        "account {account_id}: too many receipts of messages that are not in memory any more; the "
+        "one of {message_id} is not followed"
+    ),
     "message.failed": _warning("message {message_id} of {account_id} failed: {cause}"),
     "outbox.loaded": _info("outbox: {count} messages wait to be sent"),
     "outbox.purged": _debug("outbox: {count} settled messages over their retention deleted"),
+    "inbox.purged": _debug("inbox: {count} received messages over their retention deleted"),
     # --- the store
     "commit.retried": _warning("account {account_id}: commit not confirmed ({error}); again"),
     "commit.refused": _warning("account {account_id}: commit refused: {reason}"),

@@ -16,6 +16,7 @@ import trio
 
 from machine.desk import Desk
 from machine.engine import Engine, Fired
+from machine.inbox import InboxPage, make_page, read_cursor
 from machine.lease import (
     ACQUIRE_JITTER_S,
     UNCERTAIN,
@@ -38,6 +39,7 @@ from machine.ports import (
 )
 from machine.records import (
     AccountCopy,
+    AccountId,
     Fence,
     Identity,
     LeaseState,
@@ -46,7 +48,7 @@ from machine.records import (
     Transition,
     Version,
 )
-from machine.refusals import NotActive
+from machine.refusals import AccountNotFound, NotActive
 from machine.restore import RestoreImpossible
 from machine.retry import Backoff, TryTimedOut, retry
 from machine.states import State, Trigger
@@ -198,6 +200,25 @@ class Instance:
             if not copy.removed
         ]
         return tuple(sorted(views, key=lambda view: view.account.account_id))
+
+    async def list_inbox(self, account_id: AccountId, *, cursor: str, count_max: int) -> InboxPage:
+        """Messages that the account received, after `cursor`, in the order of their recording.
+
+        Any instance may say it: what counts as received is in the shared store. Raises
+        `CursorUnknown`, `AccountNotFound`, `StoreUnavailable`. The caller sets the deadline.
+        """
+        entries = await self._ports.inbox.list_inbox(
+            account_id, after=read_cursor(cursor), count_max=count_max + 1
+        )
+        if not entries and not cursor and not await self._knows(account_id):
+            raise AccountNotFound(f"no account {account_id} in the shared store")
+        return make_page(entries, cursor=cursor, count_max=count_max)
+
+    async def _knows(self, account_id: AccountId) -> bool:
+        if self._term is not None and account_id in self._term.sessions:
+            return True
+        copy = await self._ports.accounts.fetch_account(account_id)
+        return copy is not None and not copy.removed
 
     # --- what others ask
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -36,6 +36,7 @@ from machine.records import (
     AccountCopy,
     AccountId,
     Grant,
+    InboundMessage,
     KeyChange,
     KeyName,
     Message,
@@ -92,6 +93,7 @@ class _Entry:
     messages: tuple[Message, ...] = ()
     applied: Callable[[], None] | None = None
     failed: Callable[[Exception], None] | None = None
+    inbound: tuple[InboundMessage, ...] = ()
     shared: bool = False
     """Must reach the shared store, whatever the durability."""
     complete: bool = False
@@ -115,12 +117,12 @@ class _Entry:
     def text_bytes(self) -> int:
         """How much its messages say."""
         new = () if self.new_message is None else (self.new_message,)
-        return sum(len(message.text.encode()) for message in (*new, *self.messages))
+        return sum(len(message.text.encode()) for message in (*new, *self.messages, *self.inbound))
 
     @property
     def empty(self) -> bool:
         """Nothing to write: the entry only asks for what a commit brings about."""
-        changes = (self.keys, self.fields, self.new_message, self.messages)
+        changes = (self.keys, self.fields, self.new_message, self.messages, self.inbound)
         return not any((*changes, self.rotate, self.clear))
 
 
@@ -204,6 +206,7 @@ class Ledger:
         fields: Mapping[str, Any] | None = None,
         new_message: Message | None = None,
         messages: tuple[Message, ...] = (),
+        inbound: tuple[InboundMessage, ...] = (),
         applied: Callable[[], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
     ) -> None:
@@ -211,7 +214,7 @@ class Ledger:
 
         `applied` is called in the instant it is durable, or `failed` with what `write` raises.
         """
-        self._post(_Entry(keys, fields or {}, new_message, messages, applied, failed))
+        self._post(_Entry(keys, fields or {}, new_message, messages, applied, failed, inbound))
 
     async def write(
         self,
@@ -405,7 +408,7 @@ class Ledger:
             and self.sealed
             # A commit that the disk cannot build on has to reach the shared store itself.
             and self._saved == self.version
-            and not any(entry.shared or entry.new_message for entry in batch)
+            and not any(entry.shared or entry.new_message or entry.inbound for entry in batch)
         )
         needs_parts = any(e.complete or e.keys or e.clear for e in batch)
         if needs_parts and not self.complete and not self._push:
@@ -442,7 +445,9 @@ class Ledger:
                 values.update(entry.keys.values)
         cleared = any(entry.clear for entry in batch)
         rotated = any(entry.rotate for entry in batch) and not cleared
-        changed = bool(values or noted or rotated or cleared) or any(e.fields for e in batch)
+        inbound = _each_once(message for entry in batch for message in entry.inbound)
+        changed = bool(values or noted or rotated or cleared or inbound)
+        changed = changed or any(entry.fields for entry in batch)
         version = Version(self._term.grant.epoch, self.version.revision + changed)
         if changed:
             account = replace(account, updated_at=self._ports.clocks.wall())
@@ -465,6 +470,7 @@ class Ledger:
             parts=parts,
             new_messages=tuple(e.new_message for e in batch if e.new_message is not None),
             messages=tuple(message for entry in batch for message in entry.messages),
+            inbound=inbound,
         )
 
     async def _commit_shared(
@@ -801,6 +807,14 @@ def _as_far_as_it_fits(step: AccountCommit) -> AccountCommit | None:
     )
     first = shortened(over - 1) if over else None
     return first if first is not None and (first.parts or first.messages) else None
+
+
+def _each_once(messages: Iterable[InboundMessage]) -> tuple[InboundMessage, ...]:
+    """The messages in order; of those that are the same one the first."""
+    found: dict[tuple[str, MessageId], InboundMessage] = {}
+    for message in messages:
+        found.setdefault((message.chat, message.message_id), message)
+    return tuple(found.values())
 
 
 def _fail(batch: list[_Entry], error: Exception) -> None:

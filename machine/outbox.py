@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import trio
 from machine.records import PENDING_STATES, AccountId, Message, MessageId, MessageState
 from machine.refusals import IdempotencyKeyReused, OutboxFull
 
+_MESSAGE_ID = re.compile(r"3EB0[0-9A-F]{18}")
 _ORDER = {state: rank for rank, state in enumerate(MessageState)}
 
 
@@ -32,6 +34,11 @@ def make_message_id(
         return MessageId(f"3EB0{rng.getrandbits(72):018X}")
     digest = hashlib.sha256(f"{account_id}\0{idempotency_key}".encode()).hexdigest()
     return MessageId(f"3EB0{digest[:18].upper()}")
+
+
+def is_message_id(message_id: MessageId) -> bool:
+    """Whether an id has the form that `make_message_id` gives: else it is none of ours."""
+    return _MESSAGE_ID.fullmatch(message_id) is not None
 
 
 def same_message(message: Message, *, account_id: AccountId, to: str, text: str) -> bool:

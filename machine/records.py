@@ -174,7 +174,7 @@ class InboundMessage:
     sender: str
     sender_name: str | None
     """What the sender calls himself."""
-    text: str
+    text: str = field(repr=False)
     sent_at: float
     """The server's clock."""
     received_at: float

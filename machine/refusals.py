@@ -92,6 +92,12 @@ class MessageNotFound(Refusal):
     code = "message_not_found"
 
 
+class CursorUnknown(Refusal):
+    """The cursor is none that was given out."""
+
+    code = "invalid_request"
+
+
 class NoStandby(Refusal):
     """Nobody stands by who could take the lease."""
 

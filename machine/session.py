@@ -18,6 +18,7 @@ from typing import Protocol
 
 import trio
 
+from machine.arrivals import Arrivals
 from machine.ledger import AccountVanished, Ledger, TermGuard
 from machine.limits import Limits
 from machine.outbox import AccountOutbox, is_progress, moved
@@ -25,6 +26,7 @@ from machine.places import Places, last_used_at
 from machine.ports import (
     AuthTooLarge,
     AuthUnreadable,
+    BodyAsked,
     Bridge,
     Connected,
     Connection,
@@ -32,6 +34,7 @@ from machine.ports import (
     ConnectorDown,
     KeysChanged,
     MessageProgressed,
+    MessageReceived,
     PairingScanned,
     Ports,
     QrShown,
@@ -187,6 +190,11 @@ class Session:
             settled_kept=limits.outbox_settled_kept,
         )
         self.outbox_loaded = trio.Event()
+        self.arrivals = (
+            None
+            if ledger is None
+            else Arrivals(ledger, self.outbox, term=term, ports=ports, limits=limits)
+        )
         self.connection: Connection | None = None
         self.outcome: Outcome | None = None
         self.first_pass = trio.Event()
@@ -320,6 +328,7 @@ class Session:
     async def _open_once(self, bridge: Bridge) -> tuple[bool, ConnectionClosed]:
         """One connection from opening to its end; whether it was connected, and how it closed."""
         assert self.ledger is not None
+        assert self.arrivals is not None
         slot = _Slot(self._term.opening)
         self._connected_once = False
         try:
@@ -340,6 +349,7 @@ class Session:
                 )
                 # The last look before the effect: an account is only opened under the lease.
                 self._term.check()
+                self.arrivals.begin(pairing=keys is None)
                 async with bridge.open_connection(
                     self.account_id, keys, doubtful=self.outbox.doubtful_recipients()
                 ) as connection:
@@ -366,6 +376,7 @@ class Session:
         self, connection: Connection, opening: trio.CancelScope, slot: _Slot
     ) -> ConnectionClosed:
         """Hear events and deliver messages until the connection closes."""
+        assert self.arrivals is not None
         ended: list[ConnectionClosed] = []
         async with trio.open_nursery() as nursery:
 
@@ -399,12 +410,16 @@ class Session:
                         self._settle_outcome(Outcome.PAIRING)
                     case PairingScanned():
                         self.qr = None
+                        self.arrivals.confirm()
                         self.show(AccountStatus.CONNECTING)
-                    case KeysChanged(change, stored):
-                        assert self.ledger is not None
-                        self.ledger.post(keys=change, applied=stored.set, failed=failed)
+                    case KeysChanged():
+                        self.arrivals.change_keys(event, failed)
                     case MessageProgressed():
-                        self._progressed(event)
+                        self.arrivals.progress(event)
+                    case MessageReceived():
+                        await self.arrivals.receive(event, failed)
+                    case BodyAsked():
+                        self.arrivals.give_body(event)
         return ended[0]
 
     def _connected(self, phone: str, failed: Callable[[Exception], None]) -> None:
@@ -639,16 +654,6 @@ class Session:
             message_id=message.message_id,
             cause=cause,
         )
-
-    def _progressed(self, event: MessageProgressed) -> None:
-        """A receipt: store how far the message has come, unless it was further already."""
-        assert self.ledger is not None
-        known = self.outbox.find(event.message_id)
-        if known is None or not is_progress(known.state, event.state):
-            return
-        further = self._moved(known, event.state, error=event.error)
-        self.outbox.put(further)
-        self.ledger.post(messages=(further,))
 
     async def pairing_code(self, phone: str) -> PairingCode | None:
         """A code to type on the phone; `None` when the account is not pairing now."""

@@ -14,7 +14,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -35,6 +35,7 @@ from machine.records import (
     Account,
     AccountCopy,
     AccountId,
+    Grant,
 )
 from machine.refusals import (
     NotActive,
@@ -49,6 +50,14 @@ T = TypeVar("T")
 
 ASK_BACKOFF = Backoff(first_s=0.05, factor=2.0, cap_s=0.5, jitter=0.5)
 ASK_TRIES_MAX = 3
+
+
+PURGE_PAUSE_S = 1.0
+"""Between two bounded deletions: callers come first."""
+
+
+class _Purge(Protocol):
+    async def __call__(self, grant: Grant, *, before: float, count_max: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,22 +295,37 @@ class Term:
     # --- housekeeping
 
     async def _keep_purged(self) -> None:
-        """Delete settled messages that are over their retention, a bounded number at a time."""
+        """Delete messages that are over their retention: settled ones, and received ones."""
         while True:
             await trio.sleep(self._limits.purge_every_s)
             before = self._ports.clocks.wall() - self._limits.message_retention_s
-            try:
-                gone = await self.ask_store(
-                    lambda before=before: self._ports.outbox.purge_messages(  # type: ignore[misc]
-                        self.grant, before=before, count_max=self._limits.purge_count_max
-                    )
-                )
-                self._ports.journal.note("outbox.purged", count=gone)
-            except StaleWrite as stale:
-                self.lose(f"deleting old messages was refused: {stale}")
-            except (StoreUnavailable, TryTimedOut):
-                # The next round finds them too.
-                pass
+            for box, purge in (
+                ("outbox", self._ports.outbox.purge_messages),
+                ("inbox", self._ports.inbox.purge_inbox),
+            ):
+                try:
+                    gone = await self._purge(purge, before)
+                    self._ports.journal.note(f"{box}.purged", count=gone)
+                except StaleWrite as stale:
+                    self.lose(f"deleting old messages was refused: {stale}")
+                except (StoreUnavailable, TryTimedOut):
+                    # The next round finds them too.
+                    pass
+
+    async def _purge(self, purge: _Purge, before: float) -> int:
+        """Delete what is older, a bounded number at a time, until nothing is; how many went.
+
+        With one bounded look a round a busy group would keep more than it deletes.
+        """
+        total, count_max = 0, self._limits.purge_count_max
+        while True:
+            gone = await self.ask_store(
+                lambda: purge(self.grant, before=before, count_max=count_max)
+            )
+            total += gone
+            if gone < count_max:
+                return total
+            await trio.sleep(PURGE_PAUSE_S)
 
 
 async def _flush(ledger: Ledger) -> None:

@@ -43,6 +43,8 @@ STATE = b"x-watchkeeper-state"
 HOLDER_PATHS = frozenset({"/api/admin/step-down", "/api/admin/import"})
 HOLDER_PREFIX = "/api/whatsapp/"
 SEND_PATH = "/api/whatsapp/send-message"
+INBOX_PATH = "/api/whatsapp/messages"
+"""Read from the shared store, which every instance can."""
 
 DRAIN_BYTES_MAX = 4 * 1024 * 1024
 DRAIN_S = 2.0
@@ -142,7 +144,8 @@ class Edge:
         inbound.body = body
         if inbound.path == SEND_PATH and inbound.message_id is None:
             self._name_message(inbound)
-        if inbound.path.startswith(HOLDER_PREFIX) or inbound.path in HOLDER_PATHS:
+        at_holder = inbound.path.startswith(HOLDER_PREFIX) or inbound.path in HOLDER_PATHS
+        if at_holder and inbound.path != INBOX_PATH:
             await outbound.send_whole(await self._relay(inbound))
         else:
             await self._routes(inner_scope(inbound), replay(inbound.body), outbound.send)

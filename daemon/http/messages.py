@@ -1,18 +1,27 @@
-"""The routes about messages: accept one durably, wait a little for the server, say what is true."""
+"""The routes about messages: accept one durably, wait a little for the server, say what is true;
+and read what came in."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import trio
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 
 from daemon.http.api import Api, active_desk, api_of, in_time, inbound_of, reply
 from daemon.http.documented import AT_HOLDER, WITH_BODY, errors
 from daemon.http.errors import ApiError, ErrorCode
-from daemon.http.models import MessageAnswer, MessageIdPath, SendRequest, SentAnswer
+from daemon.http.models import (
+    ACCOUNT_ID,
+    InboxAnswer,
+    MessageAnswer,
+    MessageIdPath,
+    SendRequest,
+    SentAnswer,
+)
 from daemon.http.ports import DeskPort
-from daemon.http.shapes import message_json, sent_json
+from daemon.http.shapes import inbox_json, message_json, sent_json
+from machine.inbox import PAGE_MAX
 from machine.ports import StoreUnavailable
 from machine.records import PENDING_STATES, AccountId, Message, MessageId, MessageState
 from machine.refusals import Refusal
@@ -73,6 +82,36 @@ async def send_message(
             idempotency_key=idempotency_key,
         )
     return _sent(await _follow(api, desk, accepted))
+
+
+@router.get(
+    "/messages",
+    response_model=InboxAnswer,
+    responses=errors(
+        ErrorCode.INVALID_REQUEST, ErrorCode.ACCOUNT_NOT_FOUND, ErrorCode.STORE_UNAVAILABLE
+    ),
+)
+async def list_received(
+    request: Request,
+    account_id: Annotated[str, Query(alias="accountId", pattern=ACCOUNT_ID, examples=["support"])],
+    direction: Annotated[
+        Literal["in"], Query(description="Received messages; those sent are known by their id")
+    ] = "in",
+    cursor: Annotated[
+        str,
+        Query(max_length=100, description="That of the last answer; none: from the oldest on"),
+    ] = "",
+    limit: Annotated[int, Query(ge=1, le=PAGE_MAX, examples=[100])] = 100,
+) -> Response:
+    """What an account has received, in the order in which it was stored.
+
+    Any instance answers from the shared store, holder or not. Ask again with the `cursor` of the
+    last answer: nothing is left out and nothing comes twice. Kept as long as sent messages are.
+    """
+    api = api_of(request)
+    with in_time(api.settings.answer_s):
+        page = await api.instance.list_inbox(AccountId(account_id), cursor=cursor, count_max=limit)
+    return reply(inbox_json(page))
 
 
 @router.get(

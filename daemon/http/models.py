@@ -302,6 +302,54 @@ class MessageAnswer(_Shape):
     timestamps: dict[str, str]
 
 
+class InboundShape(_Shape):
+    """A message that somebody sent to an account.
+
+    `from` is the sender: a phone number, or WhatsApp's own name for somebody who hides his. In a
+    group `chat` is the group, else it is the sender.
+    """
+
+    account_id: str
+    message_id: str
+    chat: str
+    sender: str = Field(alias="from")
+    sender_name: str | None = Field(alias="fromName")
+    text: str
+    sent_at: str = Field(description="The server's clock")
+    received_at: str
+
+
+class InboxAnswer(_Shape):
+    """Received messages in the order in which they were stored.
+
+    `cursor` reads on after the last of them, at any instance, also after a failover; with no
+    message it is the one that was given. `more`: there are others already.
+    """
+
+    model_config = _example(
+        success=True,
+        messages=[
+            {
+                "accountId": "support",
+                "messageId": "3A5F0C9A7E21D34B68AA",
+                "chat": "4915123456789",
+                "from": "4915123456789",
+                "fromName": "Zoë",
+                "text": "Hello",
+                "sentAt": MOMENT,
+                "receivedAt": MOMENT,
+            }
+        ],
+        cursor="Ny4xMi4w",
+        more=False,
+    )
+
+    success: Literal[True]
+    messages: list[InboundShape]
+    cursor: str
+    more: bool
+
+
 class InstanceShape(_Shape):
     """The instance that answers. `epoch` is the one it acts under; null while it does not."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from daemon.http.auth import Tokens
+from machine.inbox import InboxPage
 from machine.records import AccountId, Identity, Message, MessageId, Transition
 from machine.states import State
 from machine.views import AccountView, Holder, LeaseStatus, PairingCode, QrCode, RestoreReport
@@ -105,6 +106,13 @@ class InstancePort(Protocol):
 
     async def list_accounts(self) -> tuple[AccountView, ...]:
         """The accounts from the shared store. Raises `StoreUnavailable`, `StoreMisconfigured`."""
+        ...
+
+    async def list_inbox(self, account_id: AccountId, *, cursor: str, count_max: int) -> InboxPage:
+        """What the account received after `cursor`, from the shared store.
+
+        Raises `CursorUnknown`, `AccountNotFound`, `StoreUnavailable`, `StoreMisconfigured`.
+        """
         ...
 
 

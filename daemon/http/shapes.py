@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from daemon.http.peers import Peer
+from machine.inbox import InboxPage
 from machine.records import PENDING_STATES, Message, MessageState, Transition
 from machine.views import AccountView, LeaseStatus, RestoreReport
 
@@ -73,6 +74,24 @@ def message_json(message: Message) -> Json:
         "updatedAt": moment(message.updated_at),
         "timestamps": {state.value: moment(at) for state, at in message.state_at.items()},
     }
+
+
+def inbox_json(page: InboxPage) -> Json:
+    """Messages that an account received."""
+    messages = [
+        {
+            "accountId": message.account_id,
+            "messageId": message.message_id,
+            "chat": message.chat,
+            "from": message.sender,
+            "fromName": message.sender_name,
+            "text": message.text,
+            "sentAt": moment(message.sent_at),
+            "receivedAt": moment(message.received_at),
+        }
+        for message in page.messages
+    ]
+    return {"success": True, "messages": messages, "cursor": page.cursor, "more": page.more}
 
 
 def transition_json(transition: Transition) -> Json:

@@ -23,12 +23,13 @@ from machine.ports import (
     ConnectorDown,
     KeysChanged,
     MessageProgressed,
+    MessageReceived,
     PairingScanned,
     QrShown,
     SendRefused,
     ServerAck,
 )
-from machine.records import AccountId, KeyChange, KeyName, MessageId, MessageState
+from machine.records import AccountId, InboundMessage, KeyChange, KeyName, MessageId, MessageState
 
 CREDS = KeyName("creds")
 SESSION_PREFIX = "session-"
@@ -74,6 +75,20 @@ class Delivered:
     readable: bool
 
 
+@dataclass(slots=True)
+class Mail:
+    """A message to an account. The server delivers it at each login, until it was stored."""
+
+    message_id: MessageId
+    sender: str
+    text: str
+    sent_at: float
+    carrier: FakeConnection | None = None
+    """The connection that it was delivered on last, while that is open."""
+    stored: trio.Event = field(default_factory=trio.Event)
+    """The receipt of that delivery."""
+
+
 class FakeWhatsApp:
     """The world that every connector of a test shares.
 
@@ -92,6 +107,10 @@ class FakeWhatsApp:
         self.unlinked: set[AccountId] = set()
         """Devices that the phone removed: their login ends with 401."""
         self.phones: dict[AccountId, str] = {}
+        self.mail: dict[AccountId, list[Mail]] = {}
+        """What each account was sent and has not acknowledged."""
+        self.mail_delivered: list[MessageId] = []
+        """Every delivery to an account, each time."""
         self.bridges = 0
         """Bridges that exist now."""
         self._seen: set[tuple[AccountId, str, MessageId]] = set()
@@ -121,6 +140,41 @@ class FakeWhatsApp:
         """End the account's connection. Raises `KeyError` when it has none."""
         self.open[account_id].end(ConnectionClosed(code, "cut", expire_s=expire_s))
 
+    def post(
+        self,
+        account_id: AccountId,
+        message_id: str,
+        text: str = "hello",
+        *,
+        sender: str = "4917012345",
+        twice: bool = False,
+    ) -> None:
+        """Send an account a message; it waits while the account is away.
+
+        `twice`: it is delivered a second time at once, as WhatsApp does now and then.
+        """
+        sent_at = WALL_AT_START + trio.current_time()
+        mail = Mail(MessageId(message_id), sender, text, sent_at)
+        self.mail.setdefault(account_id, []).append(mail)
+        connection = self.open.get(account_id)
+        if connection is not None:
+            connection.hand_over(mail)
+            if twice:
+                connection.hand_over(mail)
+
+    def waiting(self, account_id: AccountId) -> list[MessageId]:
+        """What the account has not acknowledged yet."""
+        self._take_receipts(account_id)
+        return [mail.message_id for mail in self.mail.get(account_id, ())]
+
+    def _take_receipts(self, account_id: AccountId) -> None:
+        """Forget what was acknowledged over a connection that stands."""
+        self.mail[account_id] = [
+            mail
+            for mail in self.mail.get(account_id, ())
+            if mail.carrier is None or not mail.stored.is_set()
+        ]
+
     def inbox(self, to: str | None = None) -> list[Delivered]:
         """What recipients can read: each message once, in order of arrival."""
         return [
@@ -144,7 +198,16 @@ class FakeWhatsApp:
         self.opened += 1
         self.opened_at_once_max = max(self.opened_at_once_max, len(self.open))
 
+    def hand_over_backlog(self, connection: FakeConnection) -> None:
+        for mail in self.mail.get(connection.account_id, ()):
+            connection.hand_over(mail)
+
     def forget(self, connection: FakeConnection) -> None:
+        # A receipt that was not sent while the connection stood is not sent any more.
+        self._take_receipts(connection.account_id)
+        for mail in self.mail[connection.account_id]:
+            if mail.carrier is connection:
+                mail.carrier = None
         for table in (self.open, self._pairing):
             if table.get(connection.account_id) is connection:
                 del table[connection.account_id]
@@ -324,6 +387,26 @@ class FakeConnection:
         self._paired = trio.Event()
         self.push(KeysChanged(KeyChange(values), self._paired))
 
+    def hand_over(self, mail: Mail) -> None:
+        """Deliver a message, with the key that reading it changes."""
+        assert self._keys is not None
+        name = KeyName(f"{SESSION_PREFIX}{mail.sender}.read")
+        self._keys[name] = str(int(self._keys.get(name, b"0")) + 1).encode()
+        mail.carrier, mail.stored = self, trio.Event()
+        self.world.mail_delivered.append(mail.message_id)
+        message = InboundMessage(
+            self.account_id,
+            mail.message_id,
+            chat=mail.sender,
+            sender=mail.sender,
+            sender_name="Zoë",
+            text=mail.text,
+            sent_at=mail.sent_at,
+            received_at=WALL_AT_START + trio.current_time(),
+        )
+        keys = KeyChange({name: self._keys[name]})
+        self.push(MessageReceived(message, keys, mail.stored))
+
     def _begin(self) -> None:
         """Log in, or show a QR code, unless it has ended meanwhile."""
         self._begun = True
@@ -340,6 +423,7 @@ class FakeConnection:
         else:
             self.world.log_in(self)
             self.push(Connected(self.world.phone(self.account_id)))
+            self.world.hand_over_backlog(self)
 
     # -- the machine's side
 

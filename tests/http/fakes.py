@@ -13,6 +13,7 @@ import trio
 
 from daemon.http.auth import Tokens
 from daemon.http.ports import ApiSettings
+from machine.inbox import InboxPage, make_page, read_cursor
 from machine.ports import StoreUnavailable
 from machine.records import (
     PENDING_STATES,
@@ -20,6 +21,9 @@ from machine.records import (
     AccountId,
     AccountStatus,
     Identity,
+    InboundMessage,
+    InboxEntry,
+    InboxPlace,
     Message,
     MessageId,
     MessageState,
@@ -77,6 +81,7 @@ class World:
 
     accounts: dict[str, Account] = field(default_factory=dict)
     messages: dict[str, Message] = field(default_factory=dict)
+    received: list[InboundMessage] = field(default_factory=list)
     delivered: list[str] = field(default_factory=list)
     instances: list[FakeInstance] = field(default_factory=list)
     epoch: int = 0
@@ -292,6 +297,21 @@ class FakeInstance:
             AccountView(account, in_memory=False, queued=0)
             for account in self.world.accounts.values()
         )
+
+    async def list_inbox(self, account_id: AccountId, *, cursor: str, count_max: int) -> InboxPage:
+        await trio.lowlevel.checkpoint()
+        if self.world.away:
+            raise StoreUnavailable("the store is away")
+        place = read_cursor(cursor)
+        if account_id not in self.world.accounts:
+            raise AccountNotFound(f"no account {account_id}")
+        entries = [
+            InboxEntry(InboxPlace(1, 1, number), message)
+            for number, message in enumerate(self.world.received)
+            if message.account_id == account_id
+            and (place is None or InboxPlace(1, 1, number) > place)
+        ]
+        return make_page(entries, cursor=cursor, count_max=count_max)
 
 
 class Notes:

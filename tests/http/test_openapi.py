@@ -25,6 +25,7 @@ ROUTES = {
     ("post", "/api/whatsapp/accounts/{accountId}/logout"),
     ("post", "/api/whatsapp/accounts/{accountId}/repair"),
     ("post", "/api/whatsapp/send-message"),
+    ("get", "/api/whatsapp/messages"),
     ("get", "/api/whatsapp/messages/{messageId}"),
     ("get", "/api/status/dashboard"),
     ("get", "/api/status/transitions"),

@@ -1,0 +1,135 @@
+"""What comes in on one account's connections: keys, received messages, receipts, asked bodies.
+
+Nothing here waits for a store: it goes to the account's ledger, which tells when it is durable.
+
+Never lives here: the connection's own life (`machine.session`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from machine.inbox import bounded
+from machine.ledger import Ledger
+from machine.limits import Limits
+from machine.old_messages import LookingTerm, OldMessages
+from machine.outbox import AccountOutbox, is_progress, moved
+from machine.ports import BodyAsked, KeysChanged, MessageProgressed, MessageReceived, Ports
+from machine.records import Grant, KeyChange, KeyName, Message
+
+UNSTORED_MAX = 1000
+"""Received messages that wait for their commit. Over it the connection is not read on: the server
+hears of no arrival, and keeps what is to come."""
+
+Failed = Callable[[Exception], None]
+"""Told when a change was not stored: the connection must end, and the server tells it again."""
+
+
+class ArrivalsTerm(LookingTerm, Protocol):
+    """What arrivals need of their term."""
+
+    grant: Grant
+
+
+class Arrivals:
+    """Takes what a connection tells to the ledger and the outbox, in order.
+
+    Between calls: of a pairing, nothing was handed on before a phone confirmed it.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        outbox: AccountOutbox,
+        *,
+        term: ArrivalsTerm,
+        ports: Ports,
+        limits: Limits,
+    ) -> None:
+        self._ledger = ledger
+        self._outbox = outbox
+        self._term = term
+        self._ports = ports
+        self._old = OldMessages(outbox, term=term, ports=ports, limits=limits)
+        self._unstored = 0
+        self._stored_one = trio.Event()
+        self._unconfirmed: dict[KeyName, bytes | None] | None = None
+        self._confirmed = False
+
+    def begin(self, *, pairing: bool) -> None:
+        """A new connection is opened. What an interrupted pairing has made until now is gone."""
+        self._unconfirmed = {} if pairing else None
+        self._confirmed = False
+
+    def confirm(self) -> None:
+        """A phone has scanned: what comes next completes the new identity."""
+        self._confirmed = True
+
+    def change_keys(self, event: KeysChanged, failed: Failed) -> None:
+        """Have keys stored. Those of a pairing all at once: half an identity would be opened."""
+        change = event.change
+        if self._unconfirmed is not None:
+            self._unconfirmed.update(change.values)
+            if not self._confirmed:
+                event.stored.set()
+                return
+            change, self._unconfirmed = KeyChange(self._unconfirmed), None
+        self._ledger.post(keys=change, applied=event.stored.set, failed=failed)
+
+    async def receive(self, event: MessageReceived, failed: Failed) -> None:
+        """Have a received message stored, with its keys. Waits while too many are waiting."""
+        while self._unstored >= UNSTORED_MAX:
+            self._stored_one = trio.Event()
+            await self._stored_one.wait()
+        message = bounded(event.message)
+        self._unstored += 1
+
+        def gone() -> None:
+            self._unstored -= 1
+            self._stored_one.set()
+
+        def applied() -> None:
+            gone()
+            event.stored.set()
+            self._ports.journal.note(
+                "message.received",
+                account_id=message.account_id,
+                message_id=message.message_id,
+            )
+
+        def not_stored(error: Exception) -> None:
+            gone()
+            failed(error)
+
+        self._ledger.post(keys=event.keys, inbound=(message,), applied=applied, failed=not_stored)
+
+    def progress(self, event: MessageProgressed) -> None:
+        """A receipt: store how far the message has come, unless it was further already.
+
+        After a failover the message is in the store only: it is looked up.
+        """
+
+        def found(known: Message | None) -> None:
+            if known is None or not is_progress(known.state, event.state):
+                return
+            further = moved(
+                known,
+                event.state,
+                at=self._ports.clocks.wall(),
+                epoch=self._term.grant.epoch,
+                error=event.error,
+            )
+            self._outbox.put(further)
+            self._ledger.post(messages=(further,))
+
+        self._old.look_up(event.message_id, found)
+
+    def give_body(self, event: BodyAsked) -> None:
+        """Answer with a message's text, from memory or the store; with `None` if neither has it."""
+        self._old.look_up(
+            event.message_id,
+            lambda known: event.answer(None if known is None else known.text),
+        )
