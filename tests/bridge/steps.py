@@ -44,6 +44,15 @@ def is_gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+def is_dead(pid: int) -> bool:
+    """Whether it runs no more; whoever is its parent now may not have reaped it yet."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
 def do(*actions: dict[str, Any]) -> str:
     """A text that the peer takes for a script."""
     return "do:" + json.dumps(actions)
