@@ -1,60 +1,23 @@
-"""Session directories as the real Baileys writes them, made by `generate.mjs`.
-
-The first use installs Baileys from the lock file into `node_modules` beside this file.
-"""
+"""Session directories as the real Baileys writes them, made by `generate.mjs`."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-
 from machine.records import KeyName
+from tests.bridge.node.install import install_node_side
 
 HERE = Path(__file__).parent
-INSTALL_TIMEOUT_S = 300
 NODE_TIMEOUT_S = 60
-
-
-def skip_or_fail(reason: str) -> None:
-    """A missing tool is a skip at a desk and a failure in CI."""
-    if os.environ.get("CI"):
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
-
-
-def install_baileys() -> None:
-    """Install what package-lock.json says, once; skips the test where that is not possible."""
-    for tool in ("node", "npm"):
-        if shutil.which(tool) is None:
-            skip_or_fail("needs Node >= 20 and npm")
-    lock_file = HERE / "package-lock.json"
-    wanted = hashlib.sha256(lock_file.read_bytes()).hexdigest()
-    installed = HERE / "node_modules" / ".installed"
-    with lock_file.open("rb") as opened:
-        # Two test runs may begin at once; the lock file itself is never written.
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        if installed.exists() and installed.read_text() == wanted:
-            return
-        command = "npm ci --ignore-scripts --omit=optional --no-audit --no-fund"
-        done = subprocess.run(
-            command.split(), cwd=HERE, timeout=INSTALL_TIMEOUT_S, capture_output=True, check=False
-        )
-        if done.returncode != 0:
-            skip_or_fail("needs Baileys, and `npm ci` in tests/baileys failed")
-        installed.write_text(wanted)
 
 
 def make_directories(path: Path, count: int) -> Path:
     """Let Baileys write `count` paired accounts into `path`/account-0, account-1, …; `path`."""
-    install_baileys()
+    install_node_side()
     _node("make", str(path), str(count))
     return path
 

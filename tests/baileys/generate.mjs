@@ -9,7 +9,9 @@ import { randomBytes } from 'node:crypto'
 import { readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
-import {
+import { wa } from '../whatsapp/fake/baileys.mjs'
+
+const {
 	addTransactionCapability,
 	BufferJSON,
 	Curve,
@@ -18,7 +20,7 @@ import {
 	proto,
 	signedKeyPair,
 	useMultiFileAuthState
-} from 'baileys'
+} = wa
 
 const PRE_KEYS = 30
 const CONTACTS = 6

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.baileys.directories import install_baileys
+from tests.bridge.node.install import install_node_side
 from tests.whatsapp.clients import BaileysClients, ClientsProcess
 from tests.whatsapp.server import FakeWhatsApp, WhatsAppProcess
 
@@ -12,7 +12,7 @@ from tests.whatsapp.server import FakeWhatsApp, WhatsAppProcess
 @pytest.fixture(scope="session")
 def whatsapp_process() -> Iterator[WhatsAppProcess]:
     """One server for the tests of this directory; it forgets everything between them."""
-    install_baileys()
+    install_node_side()
     process = WhatsAppProcess()
     process.start()
     yield process
@@ -21,7 +21,7 @@ def whatsapp_process() -> Iterator[WhatsAppProcess]:
 
 @pytest.fixture(scope="session")
 def clients_process() -> Iterator[ClientsProcess]:
-    install_baileys()
+    install_node_side()
     process = ClientsProcess()
     yield process
     process.close()

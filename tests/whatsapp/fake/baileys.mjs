@@ -1,19 +1,17 @@
-// Where Baileys is installed, and what is taken from it: the fake has no dependency of its own, and
+// Baileys as the bridge has it installed, and what is taken from it: the fake has no dependency of its own, and
 // speaks the protocol with the very encoders that its clients use.
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath, pathToFileURL } from 'node:url'
 
-const HERE = dirname(fileURLToPath(import.meta.url))
-const HOMES = ['../../../daemon/bridge/node', '../../baileys'].map(home => join(HERE, home))
+const HOME = join(dirname(fileURLToPath(import.meta.url)), '../../../daemon/bridge/node')
 
-const home = HOMES.find(each => existsSync(join(each, 'node_modules', 'baileys')))
-if (home === undefined) {
-	process.stderr.write(`Baileys is not installed: run npm ci --ignore-scripts in ${HOMES[0]}\n`)
+if (!existsSync(join(HOME, 'node_modules', 'baileys'))) {
+	process.stderr.write('Baileys is not installed: run make setup-whatsapp\n')
 	process.exit(1)
 }
-const require = createRequire(join(home, 'package.json'))
+const require = createRequire(join(HOME, 'package.json'))
 const at = (name, ...path) => pathToFileURL(join(dirname(require.resolve(name)), ...path)).href
 
 export const wa = await import(at('baileys', 'index.js'))
