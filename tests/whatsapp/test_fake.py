@@ -105,8 +105,11 @@ async def test_unused_qr_codes_end_the_pairing(
 ) -> None:
     await clients.open("shop", qrTimeout=50)
     assert (await closed(clients, "shop"))["code"] == 408
-    with trio.fail_after(SOON_S), pytest.raises(Refused, match="expired"):
-        await whatsapp.scan(SHOP, (await clients.next("shop", "qr"))["qr"])
+    with trio.fail_after(SOON_S):
+        await whatsapp.wait_for("closed")
+        qr = (await clients.next("shop", "qr"))["qr"]
+        with pytest.raises(Refused, match="expired"):
+            await whatsapp.scan(SHOP, qr)
 
 
 # --- messages --------------------------------------------------------------------------------
