@@ -354,7 +354,8 @@ class Settings(BaseSettings):
         default=120.0,
         gt=0,
         le=3600,
-        description="Seconds after which the instance steps down when neither store can be read.",
+        description="Seconds after which the instance steps down when neither store can be read, "
+        "and opens the accounts without their outbox when that cannot.",
     )
     open_concurrency: int = Field(
         default=50, ge=1, le=1000, description="Accounts that are being opened at once."

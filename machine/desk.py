@@ -240,7 +240,7 @@ class Desk:
             raise NotActive("this instance was fenced out", retry_after_s=1) from stale
         copy = AccountCopy(account, version, {}, complete=True, stamp=stamp)
         session = self._term.make_session(account, self._term.make_ledger(copy))
-        session.outbox_loaded.set()
+        session.load_outbox(())
         self._ports.journal.note("account.created", account_id=account_id)
         return session
 
@@ -318,8 +318,7 @@ class Desk:
         assert fresh.ledger is not None
         await fresh.ledger.ensure_sealed()
         pending = await self._term.ask_store(self._ports.outbox.list_pending)
-        fresh.outbox.load(m for m in pending if m.account_id == account_id)
-        fresh.outbox_loaded.set()
+        fresh.load_outbox(m for m in pending if m.account_id == account_id)
         return fresh
 
     async def log_out(self, account_id: AccountId) -> AccountView:

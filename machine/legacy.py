@@ -150,7 +150,7 @@ class LegacyImport:
             )
             return None
         session = self._term.make_session(copy.account, self._term.make_ledger(copy))
-        session.outbox_loaded.set()
+        session.load_outbox(())
         ports.journal.note("account.imported", account_id=item.account_id)
         return session
 

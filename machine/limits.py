@@ -28,7 +28,7 @@ class Limits:
     """One try to list all accounts of one source; then it is tried again."""
     restore_give_up_s: float = 120.0
     """Both sources unreadable for this long: step down and let another instance try.
-    One of the two: go on with the other, and say so."""
+    One of the two: go on with the other, and say so. The outbox: open the accounts without it."""
     restore_first_pass_s: float = 90.0
     """How long `activate` waits for accounts to connect; the rest goes on in the background."""
     open_concurrency: int = 50

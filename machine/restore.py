@@ -53,6 +53,7 @@ LATE_GATHER_S = 0.2
 
 SHARED = "the shared store"
 DISK = "this disk"
+OUTBOX = "the outbox"
 
 
 class Source(Enum):
@@ -176,6 +177,7 @@ class Restore:
         self._started = trio.current_time()
         self._failures: list[RestoreFailure] = []
         self._removed: set[AccountId] = set()
+        self._without_outbox: list[Session] = []
         self._legacy = LegacyImport(term, ports=ports, limits=limits, failed=self._fail)
         self.report = RestoreReport(
             epoch=term.grant.epoch, started_at=ports.clocks.wall(), durations={}
@@ -484,11 +486,49 @@ class Restore:
             # Their own outboxes are only certain once they are sealed themselves.
             self._term.spawn(lambda: self._load_late(late))
         if len(late) < len(sessions):
-            pending = await self._list_pending()
-            if pending:
-                self._ports.journal.note("outbox.loaded", count=len(pending))
             held_back = {session.account_id for session in late}
-            _hand_out(pending, [s for s in sessions if s.account_id not in held_back])
+            await self._load([s for s in sessions if s.account_id not in held_back])
+
+    async def _load(self, sessions: Sequence[Session]) -> None:
+        """Give accounts their pending messages, or let them open without.
+
+        An outbox that cannot be listed (a right is missing, or there is too much for one try)
+        must not keep every account away: after `restore_give_up_s` they are opened, with Signal
+        sessions begun anew, since nobody can say whose were in use. What waits in the outbox
+        stays there, and goes out as soon as it can be read.
+        """
+        if not self._without_outbox:
+            with trio.move_on_after(self._limits.restore_give_up_s):
+                await self._hand_out(sessions)
+                return
+        if not self._without_outbox:
+            advice = "accounts are opened without it; what waits in it goes out when it is read"
+            self._ports.journal.note(
+                "restore.source_failed", source=OUTBOX, error="given up", advice=advice
+            )
+            self._fail(None, "the outbox could not be read", advice)
+            self._term.spawn(self._load_whenever)
+        self._without_outbox += sessions
+        for session in sessions:
+            session.open_without_outbox()
+
+    async def _load_whenever(self) -> None:
+        """Hand out what waits, as soon as it can be listed after all."""
+        while self._without_outbox:
+            sessions = tuple(self._without_outbox)
+            await self._hand_out(sessions)
+            del self._without_outbox[: len(sessions)]
+
+    async def _hand_out(self, sessions: Sequence[Session]) -> None:
+        """Give each account its pending messages, in order."""
+        pending = await self._list_pending()
+        if pending:
+            self._ports.journal.note("outbox.loaded", count=len(pending))
+        by_account: dict[AccountId, list[Message]] = {}
+        for message in pending:
+            by_account.setdefault(message.account_id, []).append(message)
+        for session in sessions:
+            session.load_outbox(by_account.get(session.account_id, ()))
 
     async def _load_late(self, sessions: Sequence[Session]) -> None:
         """Load the outboxes of accounts that a batch could not seal, as they are sealed.
@@ -507,7 +547,7 @@ class Restore:
                 with suppress(trio.WouldBlock):
                     while True:
                         ready.append(sealed.receive_nowait())
-                _hand_out(await self._list_pending(), ready)
+                await self._load(ready)
                 left -= len(ready)
 
     async def _tell_sealed(self, session: Session, tell: trio.MemorySendChannel[Session]) -> None:
@@ -526,7 +566,7 @@ class Restore:
         def noted(tries: int, error: Exception, pause_s: float) -> None:
             self._ports.journal.note(
                 "restore.source_retried",
-                source="the outbox",
+                source=OUTBOX,
                 tries=tries,
                 error=describe_error(error),
                 retry_s=round(pause_s, 3),
@@ -659,16 +699,6 @@ async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:
         if number % TURN == 0:
             await trio.lowlevel.checkpoint()
         yield item
-
-
-def _hand_out(pending: Sequence[Message], sessions: Sequence[Session]) -> None:
-    """Give each account its pending messages, in order."""
-    by_account: dict[AccountId, list[Message]] = {}
-    for message in pending:
-        by_account.setdefault(message.account_id, []).append(message)
-    for session in sessions:
-        session.outbox.load(by_account.get(session.account_id, ()))
-        session.outbox_loaded.set()
 
 
 async def _save_seals(done: Sequence[tuple[Ledger, AccountCommit]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
@@ -189,12 +189,13 @@ class Session:
             pending_max=limits.outbox_per_account_max,
             settled_kept=limits.outbox_settled_kept,
         )
-        self.outbox_loaded = trio.Event()
         self.arrivals = (
             None
             if ledger is None
             else Arrivals(ledger, self.outbox, term=term, ports=ports, limits=limits)
         )
+        self._outbox_known = trio.Event()
+        self._outbox_unread = False
         self.connection: Connection | None = None
         self.outcome: Outcome | None = None
         self.first_pass = trio.Event()
@@ -263,6 +264,19 @@ class Session:
     def show_here(self, status: AccountStatus, error: str) -> None:
         """Show a stop that later terms do not inherit: it is not stored."""
         self._shown = (status, error, self._ports.clocks.wall())
+
+    # --- its outbox
+
+    def load_outbox(self, pending: Iterable[Message]) -> None:
+        """Take over what earlier terms left pending. The account may be opened from now on."""
+        self.outbox.load(pending)
+        self._outbox_unread = False
+        self._outbox_known.set()
+
+    def open_without_outbox(self) -> None:
+        """Let the account be opened though nobody can say what earlier terms left pending."""
+        self._outbox_unread = True
+        self._outbox_known.set()
 
     # --- its task
 
@@ -335,7 +349,7 @@ class Session:
             # These wait for the store as long as the term lasts, each try under its own deadline.
             await self.ledger.ensure_sealed()
             await self.ledger.ensure_complete()
-            await self.outbox_loaded.wait()
+            await self._outbox_known.wait()
             # An ack of the connection before may still be on its way to the store. Opened without
             # its keys, the account would go on with a session that the store is about to undo.
             await self.ledger.wait_written()
@@ -351,7 +365,10 @@ class Session:
                 self._term.check()
                 self.arrivals.begin(pairing=keys is None)
                 async with bridge.open_connection(
-                    self.account_id, keys, doubtful=self.outbox.doubtful_recipients()
+                    self.account_id,
+                    keys,
+                    doubtful=self.outbox.doubtful_recipients(),
+                    distrust_sessions=self._outbox_unread,
                 ) as connection:
                     closed = await self._live(connection, opening, slot)
                     return self._connected_once, closed
@@ -540,7 +557,7 @@ class Session:
         return (
             self.status is AccountStatus.CONNECTED
             and self.outbox.idle
-            and self.outbox_loaded.is_set()
+            and self._outbox_known.is_set()
             and not self._term.settling
         )
 

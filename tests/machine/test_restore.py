@@ -25,6 +25,7 @@ from machine.records import (
     Version,
 )
 from machine.refusals import AccountNotFound, AccountQuarantined, StoreAway
+from machine.restore import READ_BACKOFF
 from machine.states import State
 from machine.views import RestoreReport
 from tests.fakes.local_store import FakeLocalStore
@@ -636,6 +637,84 @@ async def test_a_legacy_account_that_cannot_be_written_fails_alone(
         answer = await a.desk.import_accounts("/sessions")
         assert answer == {"imported": [BEN], "failed": []}
         assert await status(a, BEN) in (AccountStatus.CONNECTING, AccountStatus.CONNECTED)
+
+
+# --- an outbox that cannot be listed
+
+
+def fail_outbox(host: Host, *, until: float) -> None:
+    """Let listings of the outbox fail until a moment of the test's clock."""
+    weather = host.store.weather
+
+    def failing(operation: str) -> Passage:
+        if operation == "list_pending" and trio.current_time() < until:
+            return Passage(error_before=StoreMisconfigured("injected: no permission to list"))
+        return weather(operation)
+
+    host.store.weather = failing
+
+
+async def test_an_outbox_that_cannot_be_listed_keeps_no_account_away_for_good(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN, BEN)
+        a = await restored(lab.make("a"), lab)
+        first = await a.send(ANN, "first")
+        await a.desk.wait_progress(first.message_id)
+        # On the wire, and its ack never seen: the recipient is further than the stored keys.
+        lab.whatsapp.script(ANN).acks_lost += 1
+        before = await a.send(ANN, "before")
+        await trio.sleep(1)
+        a.store.partitioned = True
+        b = lab.make("b")
+        fail_outbox(b, until=1000.0)
+        lab.start(b)
+        await b.journal.wait_for("restore.started")
+        began = trio.current_time()
+        await b.journal.wait_for("restore.finished")
+        assert trio.current_time() - began == pytest.approx(LIMITS.restore_give_up_s, abs=1)
+        assert await status(b, ANN) is AccountStatus.CONNECTED
+        assert await status(b, BEN) is AccountStatus.CONNECTED
+        assert [failure.cause for failure in report(b).failures] == ["the outbox could not be read"]
+        assert len(b.journal.of("restore.source_failed")) == 1
+        after = await b.send(ANN, "after")
+        assert (await b.desk.wait_progress(after.message_id)).state is MessageState.SERVER_ACK
+        assert lab.whatsapp.unreadable() == []
+        # It waits in the outbox, and goes on as soon as that can be read.
+        assert (await b.desk.message(before.message_id)).state is MessageState.SENDING
+        await trio.sleep_until(1000.0 + READ_BACKOFF.cap_s + 1)
+        assert (await b.desk.message(before.message_id)).state is MessageState.SERVER_ACK
+        assert [one.text for one in lab.whatsapp.inbox()] == ["first", "before", "after"]
+
+
+async def test_an_outbox_that_can_be_listed_in_time_is_waited_for(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        a = lab.make("a")
+        fail_outbox(a, until=LIMITS.restore_give_up_s - 10.0)
+        await restored(a, lab)
+        assert trio.current_time() <= LIMITS.restore_give_up_s
+        assert report(a).failures == ()
+        assert report(a).restored == 1
+
+
+async def test_accounts_sealed_late_do_not_wait_again_for_an_outbox_that_was_given_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN, BEN)
+        a = lab.make("a")
+        fail_outbox(a, until=1000.0)
+        # Nothing is sealed in the batch: each account does it by itself, one later than the other.
+        a.store.fail_next("seal")
+        a.store.schedule("commit", Passage(), Passage(request_s=4.0))
+        await restored(a, lab)
+        await a.journal.wait_for("session.connected", 2)
+        assert trio.current_time() <= LIMITS.restore_give_up_s + 2
+        assert len(a.journal.of("restore.source_failed")) == 1
 
 
 # --- the whole way
