@@ -112,6 +112,22 @@ async def test_unused_qr_codes_end_the_pairing(
             await whatsapp.scan(SHOP, qr)
 
 
+async def test_a_phone_links_four_devices_and_no_fifth(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    for name in ("one", "two", "three", "four"):
+        await pair(clients, whatsapp, name, SHOP)
+    devices = (await whatsapp.person(SHOP)).devices
+    assert [(each.device, each.connected) for each in devices] == [(n, True) for n in (1, 2, 3, 4)]
+    with trio.fail_after(SOON_S):
+        await clients.open("five")
+        qr = (await clients.next("five", "qr"))["qr"]
+        with pytest.raises(Refused, match="unlink one first"):
+            await whatsapp.scan(SHOP, qr)
+        await whatsapp.unlink(SHOP)
+        assert (await whatsapp.scan(SHOP, qr)).device == 5
+
+
 # --- messages --------------------------------------------------------------------------------
 
 

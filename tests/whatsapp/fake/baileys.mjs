@@ -1,5 +1,5 @@
-// Baileys as the bridge has it installed, and what is taken from it: the fake has no dependency of its own, and
-// speaks the protocol with the very encoders that its clients use.
+// Baileys as the bridge has it installed, and what is taken from it: the fake has no dependency of its
+// own, and speaks the protocol with the very encoders that its clients use.
 import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'

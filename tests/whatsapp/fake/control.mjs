@@ -175,16 +175,17 @@ function read(world, { from, ids }, person) {
 
 // --- what is told ----------------------------------------------------------------------------
 
-const describeDevice = ({ id, jid, connection, foreigner, logins, conflicts, preKeys, waiting }) => ({
-	device: id,
-	jid,
-	connected: connection !== null,
-	ready: connection?.ready ?? false,
-	foreign: foreigner !== null,
-	logins,
-	conflicts,
-	preKeys: preKeys.length,
-	waiting
+const describeDevice = device => ({
+	device: device.id,
+	jid: device.jid,
+	connected: device.connection !== null,
+	ready: device.connection?.ready ?? false,
+	foreign: device.foreigner !== null,
+	logins: device.logins,
+	conflicts: device.conflicts,
+	preKeys: device.preKeys.length,
+	waiting: device.waiting,
+	dropped: device.dropped
 })
 
 const describePerson = person => ({
@@ -199,7 +200,10 @@ const describePerson = person => ({
 })
 
 function describe(world) {
+	const { user, system } = process.cpuUsage()
 	return {
+		cpuS: (user + system) / 1e6,
+		rssBytes: process.memoryUsage.rss(),
 		connections: world.connections.size,
 		counts: world.counts,
 		settings: world.settings,

@@ -2,7 +2,7 @@
 // on the way to it. The account itself is the person whose phone linked it.
 import { node, now, randomId, SERVER } from './nodes.mjs'
 
-/** Stanzas that wait for a device; one more is refused. */
+/** Stanzas that wait for a device; what is more is dropped, and counted. */
 const QUEUE_MAX = 100_000
 /** At so few one-time keys the device is asked for more. */
 const PRE_KEYS_LOW = 3
@@ -14,6 +14,7 @@ export class Device {
 	logins = 0
 	conflicts = 0
 	preKeys = []
+	dropped = 0
 	#queue = []
 	#askedForPreKeys = false
 
@@ -35,7 +36,10 @@ export class Device {
 
 	/** Send, now or at the next login; kept, and sent again at each login, until acknowledged. */
 	enqueue(stanza) {
-		if (this.#queue.length >= QUEUE_MAX) throw new Error(`the queue of ${this.jid} is full`)
+		if (this.#queue.length >= QUEUE_MAX) {
+			this.dropped++
+			return
+		}
 		this.#queue.push(stanza)
 		if (this.connection?.ready) this.connection.send(stanza)
 	}

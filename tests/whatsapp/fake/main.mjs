@@ -64,6 +64,8 @@ const listen = (server, port) =>
 		server.listen(port, HOST, () => resolve(server.address().port))
 	})
 
+// One stanza that goes wrong does not end the others' tests; its own will miss it.
+process.on('unhandledRejection', error => process.stderr.write(`${error?.stack ?? error}\n`))
 const { values } = parseArgs({
 	options: {
 		port: { type: 'string', default: '0' },

@@ -11,10 +11,11 @@ const HELD_MAX = 10_000
 // --- from a linked device --------------------------------------------------------------------
 
 export function receiveMessage(connection, message) {
-	const { person } = connection.device
-	connection.world.note('message', { number: person.number, id: message.attrs.id })
-	if (person.held === null) accept(connection, connection.device, message)
-	else if (person.held.length < HELD_MAX) person.held.push({ connection, device: connection.device, message })
+	const { device, world } = connection
+	const { held, number } = device.person
+	world.note('message', { number, id: message.attrs.id })
+	if (held === null) accept(connection, device, message)
+	else if (held.length < HELD_MAX) held.push({ connection, device, message })
 	else throw new Error(`more than ${HELD_MAX} messages are held`)
 }
 
@@ -40,8 +41,10 @@ function accept(connection, device, message) {
 	if (deliver) deliverAll(connection.world, device, message)
 }
 
-function acknowledge({ tag, attrs: { id, to, type, participant } }, { error } = {}) {
-	return node('ack', { class: tag, id, from: to, t: now(), type: tag === 'receipt' ? type : undefined, participant, error })
+function acknowledge({ tag, attrs }, { error } = {}) {
+	const { id, to, participant } = attrs
+	const type = tag === 'receipt' ? attrs.type : undefined
+	return node('ack', { class: tag, id, from: to, t: now(), type, participant, error })
 }
 
 function deliverAll(world, sender, message) {
@@ -151,11 +154,9 @@ async function seal(person, device, id, text, attrs = {}) {
 	const takeBundle = () => device.takeBundle()
 	const { number } = device.person
 	const { type, body } = await person.phone.encrypt(number, device.id, plaintext, takeBundle)
-	return node(
-		'message',
-		{ from: person.jid, id, t: now(), type: 'text', notify: person.number, sender_lid: person.lidJid },
-		[node('enc', { v: '2', type, ...attrs }, body)]
-	)
+	const { jid, lidJid } = person
+	const envelope = { from: jid, id, t: now(), type: 'text', notify: person.number, sender_lid: lidJid }
+	return node('message', envelope, [node('enc', { v: '2', type, ...attrs }, body)])
 }
 
 /** A device has got a message, or has read it, or cannot read it. */
@@ -168,17 +169,17 @@ export function receiveReceipt(connection, receipt) {
 		const sent = contact?.sent.get(each)
 		sent?.receipts.push({ type: type ?? 'delivered', device: device.id, at: Date.now() / 1000 })
 		if (type !== 'retry') device.release('message', each)
-		else if (sent) void sendAgain(contact, device, sent, child(receipt, 'retry'))
+		else if (sent) void sendAgain(contact, device, sent, child(receipt, 'retry')?.attrs.count)
 	}
 	world.note('receipt', { number: device.person.number, id, type: type ?? 'delivered' })
 	connection.send(acknowledge(receipt))
 }
 
 /** In a new session: the device has said that it cannot use the one there is. */
-async function sendAgain(person, device, { id, text }, retry) {
-	if (Number(retry.attrs.count) > RETRIES_MAX) return
+async function sendAgain(person, device, { id, text }, count = '1') {
+	if (Number(count) > RETRIES_MAX) return
 	person.phone.forget(device.person.number, device.id)
-	device.enqueue(await seal(person, device, id, text, { count: retry.attrs.count }))
+	device.enqueue(await seal(person, device, id, text, { count }))
 }
 
 /** A device is done with a stanza, for better or (with an error) for worse. */

@@ -50,8 +50,7 @@ export class Person {
 	unopened = []
 	/** How often the phone has asked for a message again, by id. */
 	retries = new Map()
-	/** The id of the next linked device; ids are never used twice. */
-	nextDevice = 1
+	#nextDevice = 1
 
 	constructor(number) {
 		this.number = number
@@ -71,9 +70,14 @@ export class Person {
 		return (this.decrypt ?? world.settings.decrypt) === 'eager'
 	}
 
-	link(keys) {
-		const device = new Device(this, this.nextDevice++, keys)
-		this.devices.set(device.id, device)
+	/** The id for a device that is being linked; none is given twice. */
+	takeDeviceId() {
+		return this.#nextDevice++
+	}
+
+	link(id, keys) {
+		const device = new Device(this, id, keys)
+		this.devices.set(id, device)
 		return device
 	}
 }

@@ -60,46 +60,51 @@ export async function scan(world, person, qr) {
 
 /** Sign the device in the name of the phone, have it sign in turn, and let it log in. */
 async function link(world, connection, person, advSecret) {
+	const { registration } = connection
+	if (registration.offer) throw new Refused('a phone is linking this client already')
 	if (person.devices.size >= DEVICES_MAX) {
 		throw new Refused(`${person.number} has ${DEVICES_MAX} linked devices: unlink one first`)
 	}
-	const { keys } = connection.registration
-	const { identity } = person.phone
-	const details = proto.ADVDeviceIdentity.encode({
-		rawId: person.phone.registrationId,
-		timestamp: Number(now()),
-		keyIndex: person.nextDevice
-	}).finish()
-	const signed = Buffer.concat([ACCOUNT_SIGNATURE, details, keys.identity])
-	const identityBytes = proto.ADVSignedDeviceIdentity.encode({
-		details,
-		accountSignatureKey: identity.public,
-		accountSignature: Curve.sign(identity.private, signed)
-	}).finish()
-	const hmac = createHmac('sha256', advSecret).update(identityBytes).digest()
-	const deviceIdentity = proto.ADVSignedDeviceIdentityHMAC.encode({
-		details: identityBytes,
-		hmac
-	}).finish()
+	const deviceId = person.takeDeviceId()
+	const { details, identity } = makeDeviceIdentity(person, deviceId, registration.keys.identity)
+	const hmac = createHmac('sha256', advSecret).update(identity).digest()
+	const sealed = proto.ADVSignedDeviceIdentityHMAC.encode({ details: identity, hmac }).finish()
 	const id = randomId()
-	connection.registration.offer = { id, person, details, accountKey: identity.public }
+	registration.offer = { id, person, deviceId, details }
 	connection.send(
 		node('iq', { from: SERVER, type: 'set', id, t: now() }, [
 			node('pair-success', {}, [
-				node('device-identity', {}, deviceIdentity),
+				node('device-identity', {}, sealed),
 				node('device', {
-					jid: `${person.number}:${person.nextDevice}@s.whatsapp.net`,
-					lid: `${person.lid}:${person.nextDevice}@lid`
+					jid: `${person.number}:${deviceId}@s.whatsapp.net`,
+					lid: `${person.lid}:${deviceId}@lid`
 				}),
 				node('platform', { name: 'android' })
 			])
 		])
 	)
-	const done = () => connection.registration?.linked ?? connection.closed
-	await world.waitUntil(done, LINK_S_MAX)
-	const { linked } = connection.registration
-	if (!linked) throw new Refused('the client did not accept the link, or went away')
-	return linked
+	await world.waitUntil(() => registration.linked || connection.closed, LINK_S_MAX)
+	if (!registration.linked) throw new Refused('the client did not accept the link, or went away')
+	return registration.linked
+}
+
+/** What the phone says of a device, signed: the words, and the words with the signature. */
+function makeDeviceIdentity(person, deviceId, deviceKey) {
+	const { identity, registrationId } = person.phone
+	const details = proto.ADVDeviceIdentity.encode({
+		rawId: registrationId,
+		timestamp: Number(now()),
+		keyIndex: deviceId
+	}).finish()
+	const signed = Buffer.concat([ACCOUNT_SIGNATURE, details, deviceKey])
+	return {
+		details,
+		identity: proto.ADVSignedDeviceIdentity.encode({
+			details,
+			accountSignatureKey: identity.public,
+			accountSignature: Curve.sign(identity.private, signed)
+		}).finish()
+	}
 }
 
 /** What a new device answers. Its signature makes it a device of the account. */
@@ -107,16 +112,18 @@ export function receiveRegistration(connection, received) {
 	const { registration, world } = connection
 	const signature = child(received, 'pair-device-sign')
 	if (received.attrs.id !== registration.offer?.id || !signature) return
-	const { person, details, accountKey } = registration.offer
+	const { person, deviceId, details } = registration.offer
 	const { deviceSignature } = proto.ADVSignedDeviceIdentity.decode(
 		bytesOf(signature, 'device-identity')
 	)
-	const signed = Buffer.concat([DEVICE_SIGNATURE, details, registration.keys.identity, accountKey])
-	const key = wa.generateSignalPubKey(registration.keys.identity)
+	const { keys } = registration
+	const accountKey = person.phone.identity.public
+	const signed = Buffer.concat([DEVICE_SIGNATURE, details, keys.identity, accountKey])
+	const key = wa.generateSignalPubKey(keys.identity)
 	if (!libsignal.curve.verifySignature(key, signed, Buffer.from(deviceSignature))) {
 		throw new Error('the device signed something else')
 	}
-	registration.linked = person.link(registration.keys)
+	registration.linked = person.link(deviceId, keys)
 	world.note('paired', { number: person.number, device: registration.linked.id })
 	connection.end(RESTART)
 }
@@ -151,7 +158,7 @@ export async function enterPairingCode(world, person, code) {
 	const companionKey = ctr('decrypt', await codeKey(code, wrapped), wrapped)
 	const ephemeral = Curve.generateKeyPair()
 	await sendPhonesKey(connection, person, code, ephemeral, ref)
-	await world.waitUntil(() => connection.registration.bundle ?? connection.closed, LINK_S_MAX)
+	await world.waitUntil(() => connection.registration.bundle || connection.closed, LINK_S_MAX)
 	const { bundle } = connection.registration
 	if (!bundle) throw new Refused('the client did not answer, or went away')
 	connection.registration.bundle = undefined
