@@ -8,6 +8,10 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line; exits the process."""
+    from daemon.core_dumps import forbid_core_dumps
+
+    # Before a secret is in this process's memory.
+    forbid_core_dumps()
     from daemon.cli import app
 
     app()

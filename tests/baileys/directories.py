@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import subprocess
@@ -13,6 +14,29 @@ from tests.bridge.node.install import install_node_side
 
 HERE = Path(__file__).parent
 NODE_TIMEOUT_S = 60
+
+
+SECRET = b"sEcReT-private-half-of-a-pair-32"
+
+
+def packed(content: bytes) -> dict[str, str]:
+    return {"type": "Buffer", "data": base64.b64encode(content).decode()}
+
+
+def pair() -> dict[str, object]:
+    return {"private": packed(SECRET), "public": packed(bytes(32))}
+
+
+CREDENTIALS: dict[str, object] = {
+    "noiseKey": pair(),
+    "signedIdentityKey": pair(),
+    "signedPreKey": {"keyPair": pair(), "signature": packed(bytes(64)), "keyId": 1},
+    "registrationId": 7,
+    "advSecretKey": base64.b64encode(SECRET).decode(),
+    "me": {"id": "4915112345678:3@s.whatsapp.net", "name": "Anna"},
+    "account": {"details": "x"},
+}
+"""Credentials that pass for those of a paired account, without Node; no server would take them."""
 
 
 def make_directories(path: Path, count: int) -> Path:

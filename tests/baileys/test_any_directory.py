@@ -18,38 +18,19 @@ from hypothesis import strategies as st
 
 from daemon.baileys_import import BaileysImport, ImportLimits, QuarantinedDir, scan_legacy_dir
 from daemon.key_names import CREDS, KEY_TYPES
-from tests.baileys.directories import fingerprints
+from tests.baileys.directories import CREDENTIALS, SECRET, fingerprints
 
 # A busy machine is not a wrong result.
 MANY = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
-SECRET = b"sEcReT-private-half-of-a-pair-32"
 SECRET_FORMS = (SECRET.decode(), base64.b64encode(SECRET).decode())
 LIMITS = ImportLimits(
     file_bytes_max=4_000, directory_files_max=8, directory_bytes_max=12_000, directories_max=3
 )
 """Small, so that examples go over them."""
 
-
-def packed(content: bytes) -> dict[str, str]:
-    return {"type": "Buffer", "data": base64.b64encode(content).decode()}
-
-
-def pair() -> dict[str, object]:
-    return {"private": packed(SECRET), "public": packed(bytes(32))}
-
-
-CREDENTIALS: dict[str, object] = {
-    "noiseKey": pair(),
-    "signedIdentityKey": pair(),
-    "signedPreKey": {"keyPair": pair(), "signature": packed(bytes(64)), "keyId": 1},
-    "registrationId": 7,
-    "advSecretKey": base64.b64encode(SECRET).decode(),
-    "me": {"id": "4915112345678:3@s.whatsapp.net", "name": "Anna"},
-    "account": {"details": "x"},
-}
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,12 +23,14 @@ import trio
 
 from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
 from daemon.settings import decode_key
-from tests.baileys.directories import make_directories
+from tests.baileys.directories import CREDENTIALS, SECRET, make_directories
 from tests.seed import open_stores
-from tests.system.cluster import KEY, TOKEN, Cluster, Node
-from tests.system.steps import ALONE, LONG_ON_FIRESTORE, restored, state_dir
+from tests.system.cluster import KEY, ROOT, TOKEN, Cluster, Node
+from tests.system.steps import ALONE, LONG_ON_FIRESTORE, restored, state_dir, wait_logged
 
-pytestmark = [pytest.mark.system, pytest.mark.node, LONG_ON_FIRESTORE]
+pytestmark = pytest.mark.system
+
+ON_SQLITE = pytest.mark.parametrize("store_env", ["sqlite"], indirect=True)
 
 OTHER_KEY = base64.b64encode(bytes(range(100, 132))).decode()
 WRONG_TOKEN = "a-wrong-token-of-somebody"
@@ -58,6 +65,8 @@ async def _credentials(cluster: Cluster) -> set[str]:
             account_id = copy.account.account_id
             whole = await stores.accounts.fetch_account(account_id)
             assert whole is not None
+            if not whole.parts:  # Never paired.
+                continue
             for value in codec.unpack(account_id, whole.parts).values():
                 found |= _forms(value) | _strings_in(json.loads(value))
     # Phone numbers and ids are in plain sight by design.
@@ -105,6 +114,8 @@ async def _command_lines(stop: trio.Event, seen: set[str]) -> None:
         await trio.sleep(0.05)
 
 
+@LONG_ON_FIRESTORE
+@pytest.mark.node
 @pytest.mark.long
 async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
     cluster: Cluster, tmp_path: Path
@@ -153,27 +164,40 @@ async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
         await node.kill()
         stop.set()
 
-    secrets |= {TOKEN, WRONG_TOKEN, KEY, KEY[:-8], OTHER_KEY}
-    for key in (KEY, OTHER_KEY):
-        secrets |= _forms(base64.b64decode(key))
+    secrets |= {KEY[:-8]} | _given_secrets()
     # The search would find them: some are in the file that the import was given.
     assert any(secret in creds for secret in secrets)
     assert len(secrets) > 100
-    places = {
-        "the log": node.log(),
-        "an answer": "\n".join(public),
-        "a process list": "\n".join(command_lines),
-    }
-    assert "WATCHKEEPER_ENCRYPTION_KEY" in places["the log"]
+    assert "WATCHKEEPER_ENCRYPTION_KEY" in node.log()
     assert any("daemon" in line and "run" in line for line in command_lines)
+    _assert_nowhere(
+        secrets,
+        {
+            "the log": node.log(),
+            "an answer": "\n".join(public),
+            "a process list": "\n".join(command_lines),
+        },
+    )
+    assert TEXT not in node.log()
+    assert TEXT not in "\n".join(public)
+
+
+def _given_secrets() -> set[str]:
+    """What these tests hand to a daemon, in each of its forms."""
+    secrets = {TOKEN, WRONG_TOKEN, KEY, OTHER_KEY}
+    for key in (KEY, OTHER_KEY):
+        secrets |= _forms(base64.b64decode(key))
+    return secrets
+
+
+def _assert_nowhere(secrets: set[str], places: dict[str, str]) -> None:
     for place, content in places.items():
         # Which secret it was stays unsaid here, too: a test's report is a log.
         leaked = sum(1 for secret in secrets if secret in content)
         assert leaked == 0, f"{leaked} secrets in {place}"
-    assert TEXT not in places["the log"]
-    assert TEXT not in places["an answer"]
 
 
+@LONG_ON_FIRESTORE
 async def test_what_is_on_disk_is_encrypted_and_private(cluster: Cluster) -> None:
     node = await cluster.start("a", state="ACTIVE", **ALONE)
     await cluster.add_paired(node, "ann")
@@ -189,3 +213,152 @@ async def test_what_is_on_disk_is_encrypted_and_private(cluster: Cluster) -> Non
     for directory in directories:
         if directory.exists():
             assert directory.stat().st_mode & 0o077 == 0, directory.name
+
+
+# --- failing stores, sockets and callers ----------------------------------------------------------
+
+QUICK_LEASE = {
+    "WATCHKEEPER_LEASE_TTL_S": "4",
+    "WATCHKEEPER_LEASE_RENEW_S": "1",
+    "WATCHKEEPER_LEASE_ATTEMPT_S": "0.5",
+    "WATCHKEEPER_LEASE_MARGIN_S": "0.5",
+    "WATCHKEEPER_HANDOFF_WAIT_S": "2",
+}
+
+
+async def _shout(node: Node, request: bytes) -> str:
+    """Send bytes that are no request, and take what comes."""
+    async with await trio.open_tcp_stream("127.0.0.1", node.port) as stream:
+        with suppress(trio.BrokenResourceError), trio.move_on_after(2):
+            await stream.send_all(request)
+            return bytes(await stream.receive_some(65536)).decode(errors="replace")
+    return ""
+
+
+async def _pairing_secrets(cluster: Cluster, node: Node) -> set[str]:
+    """A QR code and a pairing code: whoever has one links a device."""
+    await cluster.json(
+        node, "POST", "/api/whatsapp/accounts", json={"accountId": "new", "name": "New"}
+    )
+    found: set[str] = set()
+    for method, path, body in (
+        ("GET", "qr", None),
+        ("POST", "pairing-code", {"phone": "4915112345678"}),
+    ):
+        with trio.fail_after(10):
+            while True:
+                asked = f"/api/whatsapp/accounts/new/{path}"
+                answer = await cluster.ask(node, method, asked, json=body)
+                if answer.status_code == 200:
+                    break
+                await trio.sleep(0.05)
+        told = answer.json()
+        found |= {told[name] for name in ("qr", "code") if name in told}
+    assert len(found) == 2
+    return found
+
+
+@ON_SQLITE
+@pytest.mark.long
+async def test_no_secret_leaves_through_failing_stores_sockets_and_callers(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    node = await cluster.start("a", state="ACTIVE", **QUICK_LEASE, **ALONE)
+    await cluster.add_paired(node, "ann", "ben")
+    assert (await cluster.send(node, "ann", TEXT)).status_code == 200
+    secrets = _given_secrets() | await _pairing_secrets(cluster, node)
+
+    # What is no HTTP at all, and what is nearly some.
+    bearer = f"Authorization: Bearer {TOKEN}\r\n".encode()
+    requests = (
+        TOKEN.encode() + b"\r\n\r\n",
+        b"GET /?token=" + TOKEN.encode() + b" HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + bearer + bearer + b"\r\n",
+        b"GET /api/status/dashboard HTTP/1.1\r\nhost: x\r\n" + bearer + b"x" * 40_000,
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n" + bearer + b"\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bearer * 20,
+        b"GET /" + TOKEN.encode() + b" HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\n\r\n",
+    )
+    public = [await _shout(node, request) for request in requests]
+
+    # The store hangs for longer than the lease: renewals fail, the term ends, sends are refused.
+    held = sqlite3.connect(cluster.directory / "shared" / "shared.db", isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    await wait_logged(node, "lease lost|step_down|PASSIVE: ")
+    public.append((await cluster.send(node, "ann", TEXT)).text)
+    public.append((await cluster.ask(node, "GET", "/api/status/dashboard")).text)
+    held.close()
+    await cluster.wait_state(node, "ACTIVE")
+    await restored(cluster, node)
+
+    # Somebody else's port, somebody else's directory.
+    other = cluster.make("b")
+    other.env["WATCHKEEPER_HTTP_BIND"] = node.env["WATCHKEEPER_HTTP_BIND"]
+    other.spawn()
+    assert await other.wait_ended() == 2
+    other.env["WATCHKEEPER_HTTP_BIND"] = f"127.0.0.1:{other.port}"
+    other.env["WATCHKEEPER_STATE_DIR"] = node.env["WATCHKEEPER_STATE_DIR"]
+    other.spawn()
+    assert await other.wait_ended() == 2
+
+    # A directory of a former backend, broken in one account, a twin in others.
+    sessions = tmp_path / "sessions"
+    for name, creds in (("x", CREDENTIALS), ("y", CREDENTIALS), ("z", {"me": CREDENTIALS})):
+        (sessions / name).mkdir(parents=True)
+        (sessions / name / "creds.json").write_text(json.dumps(creds))
+    secrets |= _strings_in(CREDENTIALS) | _forms(SECRET)
+    asked = {"directory": str(sessions)}
+    public.append((await cluster.ask(node, "POST", "/api/admin/import", json=asked)).text)
+    secrets |= await _credentials(cluster)
+    for method, path in (("POST", "ben/logout"), ("POST", "ann/repair"), ("DELETE", "ben")):
+        answer = await cluster.ask(node, method, f"/api/whatsapp/accounts/{path}")
+        assert answer.status_code < 300
+        public.append(answer.text)
+    public.append((await cluster.ask(node, "GET", "/metrics")).text)
+    await node.kill()
+
+    # A shared file that is none, and one of a later version.
+    shared = cluster.directory / "shared" / "shared.db"
+    for damage in (b"\0" * 50_000, _of_version(shared, 99)):
+        shared.write_bytes(damage)
+        node.spawn()
+        assert await node.wait_ended() == 2
+        assert shared.read_bytes() == damage
+    log = node.log() + other.log()
+    for said in ("in use", "used by another instance", "newer watchkeeper", "not a SQLite file"):
+        assert said in log
+    assert len(secrets) > 50
+    places = {"the log": log, "an answer": "\n".join(public)}
+    # An account's own number is in plain sight by design.
+    _assert_nowhere({each for each in secrets if not each.isdigit()}, places)
+    assert TEXT not in log
+    assert TEXT not in places["an answer"]
+
+
+def _of_version(database: Path, version: int) -> bytes:
+    """The same file, as a later version would have written it."""
+    content = bytearray(database.read_bytes())
+    content[60:64] = version.to_bytes(4)
+    return bytes(content)
+
+
+@ON_SQLITE
+async def test_a_daemon_that_aborts_leaves_no_core(cluster: Cluster, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    node = cluster.make("a", **ALONE)
+    with node.log_path.open("ab") as log:
+        node.process = subprocess.Popen(  # noqa: ASYNC220 - as `Node.spawn`, from another place
+            ["prlimit", "--core=unlimited:unlimited", sys.executable, "-m", "daemon", "run"],
+            cwd=place,
+            env={**os.environ, **node.env, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    await cluster.wait_state(node, "ACTIVE")
+    await cluster.add_paired(node, "ann")
+    # All of its processes, whichever they are.
+    os.killpg(node.process.pid, signal.SIGABRT)
+    await node.wait_ended()
+    assert list(place.rglob("core*")) == []
