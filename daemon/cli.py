@@ -260,6 +260,24 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(Exit.REFUSED if bad else Exit.OK)
 
 
+@app.command()
+def health(
+    ready: Annotated[
+        bool, typer.Option("--ready", help="Whether it can answer or forward, not only lives.")
+    ] = False,
+    url: Url = None,
+) -> None:
+    """Ask the instance of these settings how it is, for a container's health check. No token."""
+    from daemon.remote import local_address, probe
+    from daemon.terminal import complain
+
+    with _ending():
+        well, told = probe(url or local_address(_load().settings), "/readyz" if ready else "/livez")
+    if not well:
+        complain(told)
+        raise typer.Exit(Exit.REFUSED)
+
+
 @app.command("setup-whatsapp")
 def setup_whatsapp(
     directory: Annotated[

@@ -20,6 +20,7 @@ CONNECT_S = 5.0
 ANSWER_S = 60.0
 """Longer than an instance lets a request wait for a new holder and a send for its ack."""
 IMPORT_S = 3600.0
+PROBE_S = 3.0
 TOKEN_FILE_BYTES_MAX = 4096
 
 
@@ -146,6 +147,18 @@ class Remote:
         raise Refused(
             str(content.get("error") or "refused"), message, answer.status_code, request_id
         )
+
+
+def probe(url: str, path: str) -> tuple[bool, str]:
+    """Ask a health endpoint, without a token; whether it says yes, and a sentence if not.
+
+    Raises `Unreachable` when nobody answers within `PROBE_S`.
+    """
+    try:
+        answer = httpx.get(url.rstrip("/") + path, timeout=PROBE_S, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unreachable(f"No answer from {url}{path} ({error}).") from error
+    return answer.is_success, f"{url}{path} answered {answer.status_code}."
 
 
 def _why(error: httpx.HTTPError) -> str:

@@ -27,7 +27,7 @@ ACCOUNT = {"accountId": "sales", "name": "Sales", "status": "connected", "phone"
 
 COMMANDS = {
     *("run", "init", "keygen", "config", "doctor", "cost", "diagram", "status", "accounts"),
-    *("send", "step-down", "drain", "import", "loopback", "setup-whatsapp"),
+    *("send", "step-down", "drain", "import", "loopback", "setup-whatsapp", "health"),
 }
 
 Answer = tuple[int, dict[str, Any] | str]
@@ -461,3 +461,11 @@ def test_status_shows_the_holder_the_restore_and_the_standbys(instance: FakeInst
     bare = {"instance": dashboard["instance"], "lease": None, "restore": None, "accounts": []}
     instance.will("GET", "/api/status/dashboard", fine(**bare))
     assert "not seen yet" in command("status").stdout
+
+
+def test_health_is_the_answer_of_the_endpoint(instance: FakeInstance) -> None:
+    instance.answers["GET", "/livez"] = [(200, {}), (503, {})]
+    assert command("health").exit_code == Exit.OK
+    assert command("health").exit_code == Exit.REFUSED
+    instance.answers["GET", "/readyz"] = [(200, {})]
+    assert command("health", "--ready").exit_code == Exit.OK
