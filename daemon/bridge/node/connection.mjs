@@ -244,16 +244,14 @@ export class Connection {
 		holdOutput(this.#socket.ws, this.#tellKeys())
 	}
 
-	/** @param {import('./inbound.mjs').Mail | null} message */
-	async #keep(message) {
+	/** @param {import('./inbound.mjs').Mail[]} mail what a stanza held, now that it is read */
+	async #keep(mail) {
 		try {
-			if (message) {
-				await this.#store('received', { message, values: this.#keys.takeChanges() })
-			} else {
-				await this.#tellKeys()
-			}
+			for (const message of mail) this.#store('received', { message, values: this.#keys.takeChanges() })
+			await this.#tellKeys()
 		} catch (error) {
 			log('info', `${this.account}: a message waits for the next login (${describeError(error)})`)
+			// Baileys would take an error for a message that nobody can read.
 			await never
 		}
 	}

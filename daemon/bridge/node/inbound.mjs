@@ -5,7 +5,6 @@
 // changed by reading it, are durable. Until then there is no receipt, and the server keeps it.
 import {
 	areJidsSameUser,
-	isJidBroadcast,
 	isJidGroup,
 	isJidStatusBroadcast,
 	isLidUser,
@@ -24,6 +23,9 @@ const TEXT_CHARS_MAX = 100_000
  * @typedef {{ messageId: string, chat: string, sender: string, senderName?: string, text: string,
  *   sentAt: number }} Mail
  */
+
+/** @typedef {{ id: string, lid?: string }} Me */
+/** @typedef {{ getPNForLID: (lid: string) => Promise<string | null> }} LidMapping */
 
 /** Knows, for each ciphertext that is being read, the stanza it came in. */
 export class Stanzas {
@@ -52,7 +54,7 @@ export class Stanzas {
  * under locks of their own one would undo the other.
  * @param {Function} makeRepository
  * @param {Stanzas} stanzas
- * @param {(mail: Mail | null) => Promise<void>} keep resolves when the message, if it is one, and all
+ * @param {(mail: Mail[]) => Promise<void>} keep resolves when the messages, if it is one, and all
  *   changed keys are durable; never settles when they cannot be: the connection is then ending
  */
 export function keepBeforeReceipt(makeRepository, stanzas, keep) {
@@ -62,7 +64,7 @@ export function keepBeforeReceipt(makeRepository, stanzas, keep) {
 			const { me } = auth.creds
 			const plaintext = await auth.keys.transaction(() => decrypt(args), me.id)
 			const stanza = stanzas.of(ciphertextOf(args))
-			await keep(stanza ? await readMail(stanza, plaintext, me, repository.lidMapping) : null)
+			await keep(stanza ? await readMail(stanza, plaintext, me, repository.lidMapping) : [])
 			return plaintext
 		}
 		return {
@@ -74,52 +76,76 @@ export function keepBeforeReceipt(makeRepository, stanzas, keep) {
 }
 
 /**
- * The mail in a decrypted stanza; `null` for our own messages, statuses, and what is no text.
+ * The mail in a decrypted stanza: none in our own messages, in statuses, and in what is no text.
  * @param {import('baileys').BinaryNode} stanza
  * @param {Uint8Array} plaintext
- * @param {{ id: string, lid?: string }} me
- * @param {{ getPNForLID: (lid: string) => Promise<string | null> }} lidMapping
- * @returns {Promise<Mail | null>}
+ * @param {Me} me
+ * @param {LidMapping} lidMapping
+ * @returns {Promise<Mail[]>}
  */
-async function readMail({ attrs }, plaintext, me, lidMapping) {
-	const author = attrs.participant ?? attrs.from
-	const isOwn = areJidsSameUser(author, me.id) || (me.lid && areJidsSameUser(author, me.lid))
-	if (isOwn || attrs.category === 'peer' || isJidStatusBroadcast(attrs.from)) return null
-	const text = readText(plaintext)
-	if (!text) return null
-	const phone = attrs.participant_pn ?? attrs.sender_pn
-	const sender = await nameOf(author, phone, lidMapping)
-	// A broadcast list is the sender's own affair: to its recipients it is a chat with him.
-	const isDirect = !isJidGroup(attrs.from) || isJidBroadcast(attrs.from)
-	return {
-		messageId: attrs.id,
-		chat: isDirect ? sender : attrs.from,
-		sender,
-		...(attrs.notify ? { senderName: attrs.notify.toWellFormed() } : {}),
-		text,
-		sentAt: Number(attrs.t) || 0
+export async function readMail({ attrs }, plaintext, me, lidMapping) {
+	let found
+	try {
+		const message = proto.Message.decode(unpadRandomMax16(plaintext))
+		const isOurs = isOwn(attrs.participant ?? attrs.from, me)
+		found = isOurs ? readResent(message) : [{ attrs, message }]
+	} catch {
+		// Nobody can read it: Baileys finds the same.
+		return []
 	}
+	const mail = await Promise.all(found.map(each => asMail(each, me, lidMapping)))
+	return mail.filter(each => each !== null)
 }
 
-/** @param {Uint8Array} plaintext */
-function readText(plaintext) {
-	let message
-	try {
-		message = proto.Message.decode(unpadRandomMax16(plaintext))
-	} catch {
-		// Baileys finds the same, and asks for the message again.
-		return ''
+/**
+ * Messages that we could not read, and that our own phone has read for us.
+ * @param {proto.IMessage} message of our own phone's
+ */
+function readResent(message) {
+	const response = message.protocolMessage?.peerDataOperationRequestResponseMessage
+	const resent = []
+	for (const { placeholderMessageResendResponse } of response?.peerDataOperationResult ?? []) {
+		const bytes = placeholderMessageResendResponse?.webMessageInfoBytes
+		if (!bytes?.length) continue
+		const { key, message, messageTimestamp, pushName } = proto.WebMessageInfo.decode(bytes)
+		if (!key?.id || !key.remoteJid || key.fromMe || !message) continue
+		const attrs = { id: key.id, from: key.remoteJid, t: String(messageTimestamp ?? 0) }
+		if (key.participant) attrs.participant = key.participant
+		if (pushName) attrs.notify = pushName
+		resent.push({ attrs, message })
 	}
+	return resent
+}
+
+/**
+ * @param {{ attrs: Record<string, string>, message: proto.IMessage }} found
+ * @param {Me} me
+ * @param {LidMapping} lidMapping
+ * @returns {Promise<Mail | null>}
+ */
+async function asMail({ attrs, message }, me, lidMapping) {
+	const author = attrs.participant ?? attrs.from
 	const content = normalizeMessageContent(message.deviceSentMessage?.message ?? message)
-	const text = content?.conversation || content?.extendedTextMessage?.text || ''
-	return text.slice(0, TEXT_CHARS_MAX).toWellFormed()
+	const text = content?.conversation || content?.extendedTextMessage?.text
+	if (!text || isOwn(author, me) || isJidStatusBroadcast(attrs.from)) return null
+	const phone = attrs.participant_pn ?? attrs.sender_pn
+	const sender = await nameOf(author, phone, lidMapping)
+	return {
+		messageId: attrs.id,
+		// A broadcast list is the sender's own affair: to its recipients it is a chat with him.
+		chat: isJidGroup(attrs.from) ? attrs.from : sender,
+		sender,
+		...(attrs.notify ? { senderName: attrs.notify.toWellFormed() } : {}),
+		text: text.slice(0, TEXT_CHARS_MAX).toWellFormed(),
+		sentAt: Number(attrs.t) || 0
+	}
 }
 
 /**
  * What the daemon calls a person: the phone number if it is known, else the LID.
  * @param {string} jid
  * @param {string | undefined} phone as the stanza says
- * @param {{ getPNForLID: (lid: string) => Promise<string | null> }} lidMapping
+ * @param {LidMapping} lidMapping
  */
 async function nameOf(jid, phone, lidMapping) {
 	if (isPnUser(jid)) return jidDecode(jid).user
@@ -128,4 +154,12 @@ async function nameOf(jid, phone, lidMapping) {
 	if (known) return jidDecode(known).user
 	const { user, server } = jidDecode(jid) ?? { user: jid, server: 'unknown' }
 	return `${user}@${server}`
+}
+
+/**
+ * @param {string} jid
+ * @param {Me} me
+ */
+export function isOwn(jid, me) {
+	return areJidsSameUser(jid, me.id) || Boolean(me.lid && areJidsSameUser(jid, me.lid))
 }

@@ -1,6 +1,6 @@
 // What becomes of messages that were sent: acks by the server, receipts by recipients.
-import { areJidsSameUser } from 'baileys'
 import { CallFailed } from './errors.mjs'
+import { isOwn } from './inbound.mjs'
 
 const REFUSALS = {
 	463: 'the account is restricted: it may not begin chats with this recipient now',
@@ -82,8 +82,7 @@ const STATES = { '': 'delivered', inactive: 'delivered', read: 'read', played: '
 export function readReceipt({ attrs, content }, me) {
 	const state = STATES[attrs.type ?? '']
 	const from = attrs.participant ?? attrs.from
-	const isOwn = areJidsSameUser(from, me.id) || (me.lid && areJidsSameUser(from, me.lid))
-	if (!state || isOwn || attrs.recipient) return []
+	if (!state || isOwn(from, me) || attrs.recipient) return []
 	const items = Array.isArray(content) && Array.isArray(content[0]?.content) ? content[0].content : []
 	const ids = [attrs.id, ...items.filter(each => each.tag === 'item').map(each => each.attrs.id)]
 	return ids.filter(Boolean).map(messageId => ({ messageId, state }))

@@ -128,21 +128,52 @@ class NodeLink:
             self.answer(self.held.pop(0))
 
 
-class NodeBridge:
-    """A running bridge process."""
+class NodeProcess:
+    """The process and our end of its line, which tests may take up one after the other."""
 
-    def __init__(self, process: Popen[bytes], line: trio.SocketStream) -> None:
-        self.process = process
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._line = ours.dup()
+            self.process = Popen(
+                ["bash", "-c", f"exec node main.mjs 3<&{theirs.fileno()}"],
+                cwd=NODE_SIDE,
+                pass_fds=(theirs.fileno(),),
+                env={"PATH": os.environ["PATH"]},
+            )
+        self.ids = count(1)
+        self.numbers = count(1)
+        self.unread = b""
+        """The beginning of a frame that the last reader did not see the end of."""
+
+    def line(self) -> trio.SocketStream:
+        """Our end; closing it does not end the line."""
+        return trio.SocketStream(trio.socket.from_stdlib_socket(self._line.dup()))
+
+    def end_line(self) -> None:
+        """End the line, as a daemon that dies does."""
+        self._line.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._line.close()
+
+
+class NodeBridge:
+    """A running bridge process, as one test has it."""
+
+    def __init__(self, shared: NodeProcess, line: trio.SocketStream) -> None:
+        self.process = shared.process
         self.logs: list[Frame] = []
         self.stray: list[Frame] = []
         """Replies to calls that a test wrote by itself."""
         self.ended = False
+        self._shared = shared
         self._line = line
         self._calls: dict[int, tuple[trio.Event, Callable[[Frame], None] | None]] = {}
         self._replies: dict[int, Frame] = {}
         self._links: dict[int, NodeLink] = {}
-        self._ids = count(1)
-        self._numbers = count(1)
         self._news = trio.Event()
         self._out, self._queue = trio.open_memory_channel[bytes](math.inf)
 
@@ -164,7 +195,7 @@ class NodeBridge:
         self, account: Account, *, doubtful: tuple[str, ...] = (), distrust: bool = False
     ) -> NodeLink:
         """Open an account with what is stored of it."""
-        link = NodeLink(self, next(self._numbers), account)
+        link = NodeLink(self, next(self._shared.numbers), account)
         self._links[link.number] = link
         await link.call(
             "open",
@@ -184,7 +215,7 @@ class NodeBridge:
         **fields: Any,
     ) -> Frame:
         """Call; `taken` gets the reply in the very step in which it is read."""
-        call_id = next(self._ids)
+        call_id = next(self._shared.ids)
         replied = trio.Event()
         self._calls[call_id] = (replied, taken)
         self.write({"call": call, "id": call_id, "deadlineMs": deadlineMs, **fields})
@@ -210,9 +241,14 @@ class NodeBridge:
                 await trio.sleep(0.005)
         return code
 
-    async def end_line(self) -> None:
+    def end_line(self) -> None:
         """End the line, as a daemon that dies does."""
-        await self._line.aclose()
+        self._shared.end_line()
+
+    async def close_all(self) -> None:
+        """Close every connection, so that the next test finds none."""
+        for number in self._links:
+            await self.call("close", connection=number)
 
     async def serve_out(self) -> None:
         async for raw in self._queue:
@@ -222,10 +258,9 @@ class NodeBridge:
                 return
 
     async def serve_in(self) -> None:
-        rest = b""
         try:
             async for chunk in self._line:
-                *lines, rest = (rest + chunk).split(b"\n")
+                *lines, self._shared.unread = (self._shared.unread + chunk).split(b"\n")
                 for each in lines:
                     self._take(json.loads(each))
                 self._wake()
@@ -251,37 +286,33 @@ class NodeBridge:
             replied.set()
         elif frame.get("event") == "log":
             self.logs.append(frame)
+        elif (link := self._links.get(frame["connection"])) is None:
+            assert frame["connection"] < next(self._shared.numbers)
         elif "event" in frame:
-            self._links[frame["connection"]].events.append(frame)
+            link.events.append(frame)
         else:
-            self._links[frame["connection"]].take(frame)
+            link.take(frame)
 
 
 @asynccontextmanager
-async def open_node(*, main: str = "main.mjs") -> AsyncIterator[NodeBridge]:
+async def take_up(process: NodeProcess) -> AsyncIterator[NodeBridge]:
+    """Speak with a process that outlives this block."""
+    line = process.line()
+    bridge = NodeBridge(process, line)
+    async with line, trio.open_nursery() as nursery:
+        nursery.start_soon(bridge.serve_out)
+        nursery.start_soon(bridge.serve_in)
+        yield bridge
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_node() -> AsyncIterator[NodeBridge]:
     """Start the process, with nothing said on the line yet; afterwards it is gone."""
     await trio.to_thread.run_sync(install_node_side)
-    ours, theirs = socket.socketpair()
-    process = _start(main, theirs)
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-    bridge = NodeBridge(process, stream)
+    process = NodeProcess()
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(bridge.serve_out)
-            nursery.start_soon(bridge.serve_in)
+        async with take_up(process) as bridge:
             yield bridge
-            nursery.cancel_scope.cancel()
     finally:
-        process.kill()
-        process.wait()
-        ours.close()
-
-
-def _start(main: str, line: socket.socket) -> Popen[bytes]:
-    with line:
-        return Popen(
-            ["bash", "-c", f'exec node "$0" 3<&{line.fileno()}', main],
-            cwd=NODE_SIDE,
-            pass_fds=(line.fileno(),),
-            env={"PATH": os.environ["PATH"]},
-        )
+        process.end()

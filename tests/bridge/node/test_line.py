@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import pytest
 import trio
@@ -117,16 +116,6 @@ async def test_frames_in_pieces_and_several_at_once_are_read() -> None:
             await node.news()
         assert [each["reply"] for each in node.stray] == [998, 999]
         assert node.process.poll() is None
-
-
-async def test_the_end_of_the_line_ends_the_process_at_once() -> None:
-    async with open_node() as node:
-        await node.hello(url=NOBODY)
-        await node.open(Account())
-        began = time.monotonic()
-        await node.end_line()
-        assert await node.wait_exit() == 0
-        assert time.monotonic() - began < 1
 
 
 async def test_a_signal_to_the_group_is_the_daemons_affair() -> None:

@@ -2,13 +2,22 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { isDeepStrictEqual } from 'node:util'
+import { createRequire } from 'node:module'
+import { pathToFileURL } from 'node:url'
 import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../daemon/bridge/node/line.mjs'
 import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
 import { keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
 import { readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
+import { readMail } from '../../../daemon/bridge/node/inbound.mjs'
 import { readClose } from '../../../daemon/bridge/node/closing.mjs'
 
+const require = createRequire(new URL('../../../daemon/bridge/node/main.mjs', import.meta.url))
+const { encodeWAMessage, proto } = await import(pathToFileURL(require.resolve('baileys')))
+
 const bytes = text => Buffer.from(text)
+const ME = { id: '4915100000001:7@s.whatsapp.net', lid: '2000001:7@lid' }
+const ANNA = '491700000001@s.whatsapp.net'
+const GROUP = '120363021033254949@g.us'
 
 test('frames that make no sense break the line without being quoted', () => {
 	const senseless = [
@@ -109,8 +118,7 @@ test('an ack ends one wait; a refusal that nobody waits for is told', async () =
 })
 
 test('receipts say how far messages have come, and only those of recipients do', () => {
-	const me = { id: '4915100000001:7@s.whatsapp.net', lid: '2000001:7@lid' }
-	const read = (attrs, content) => readReceipt({ tag: 'receipt', attrs, content }, me)
+	const read = (attrs, content) => readReceipt({ tag: 'receipt', attrs, content }, ME)
 	const from = '4915112345678@s.whatsapp.net'
 	assert.deepEqual(read({ id: 'A', from }), [{ messageId: 'A', state: 'delivered' }])
 	assert.deepEqual(read({ id: 'A', from, type: 'played' }), [{ messageId: 'A', state: 'read' }])
@@ -135,4 +143,89 @@ test('a close is read by its code and attributes, not by its text', () => {
 	assert.equal(readClose(boom(402, { reason: '402', expire: '3600' })).expireS, 3600)
 	assert.equal(readClose(new Error('anything')).code, 500)
 	assert.equal(readClose(undefined).code, 428)
+})
+
+const knownLids = {
+	getPNForLID: async lid => (lid.startsWith('3000001') ? '491700000001:0@s.whatsapp.net' : null)
+}
+const mailOf = (attrs, message) =>
+	readMail({ attrs: { id: 'A', t: '1700000000', ...attrs } }, encodeWAMessage(message), ME, knownLids)
+const text = { conversation: 'hello' }
+const annasMail = {
+	messageId: 'A',
+	chat: '491700000001',
+	sender: '491700000001',
+	text: 'hello',
+	sentAt: 1_700_000_000
+}
+
+test('texts of others are mail, in whatever they are wrapped', async () => {
+	for (const message of [
+		text,
+		{ extendedTextMessage: { text: 'hello' } },
+		{ ephemeralMessage: { message: text } },
+		{ ephemeralMessage: { message: { extendedTextMessage: { text: 'hello' } } } },
+		{ deviceSentMessage: { message: text } }
+	]) {
+		assert.deepEqual(await mailOf({ from: ANNA }, message), [annasMail])
+	}
+	const [named] = await mailOf({ from: ANNA, notify: 'Anna ☕' }, text)
+	assert.equal(named.senderName, 'Anna ☕')
+})
+
+test('people are named by their phone number where it is known', async () => {
+	for (const attrs of [
+		{ from: '3000001:4@lid' },
+		{ from: '3000009@lid', sender_pn: ANNA },
+		{ from: '491700000001:3@s.whatsapp.net' },
+		{ from: '15@broadcast', participant: ANNA }
+	]) {
+		assert.deepEqual(await mailOf(attrs, text), [annasMail])
+	}
+	const [unknown] = await mailOf({ from: '3000009@lid' }, text)
+	assert.deepEqual([unknown.chat, unknown.sender], ['3000009@lid', '3000009@lid'])
+	const [group] = await mailOf({ from: GROUP, participant: '3000009@lid', participant_pn: ANNA }, text)
+	assert.deepEqual([group.chat, group.sender], [GROUP, '491700000001'])
+})
+
+test('our own messages, statuses and what is no text are no mail', async () => {
+	for (const [attrs, message] of [
+		[{ from: ME.id, recipient: ANNA }, { deviceSentMessage: { message: text } }],
+		[{ from: '2000001@lid' }, text],
+		[{ from: GROUP, participant: ME.id }, text],
+		[{ from: 'status@broadcast', participant: ANNA }, text],
+		[{ from: ANNA }, { imageMessage: { caption: 'hello' } }],
+		[{ from: ANNA }, { reactionMessage: { text: '👍' } }],
+		[{ from: ANNA }, { protocolMessage: { type: proto.Message.ProtocolMessage.Type.REVOKE } }],
+		[{ from: ANNA }, { conversation: '' }]
+	]) {
+		assert.deepEqual(await mailOf(attrs, message), [], JSON.stringify(message))
+	}
+	assert.deepEqual(await readMail({ attrs: { from: ANNA } }, bytes('junk'), ME, knownLids), [])
+})
+
+test('what our own phone read for us is mail, and nobody else can say so', async () => {
+	const webMessageInfoBytes = proto.WebMessageInfo.encode({
+		key: { remoteJid: ANNA, id: 'A' },
+		message: text,
+		messageTimestamp: 1_700_000_000
+	}).finish()
+	const message = {
+		protocolMessage: {
+			peerDataOperationRequestResponseMessage: {
+				peerDataOperationResult: [
+					{ placeholderMessageResendResponse: { webMessageInfoBytes } },
+					{ placeholderMessageResendResponse: {} }
+				]
+			}
+		}
+	}
+	assert.deepEqual(await mailOf({ id: 'B', from: ME.id, category: 'peer' }, message), [annasMail])
+	assert.deepEqual(await mailOf({ id: 'B', from: '491700000002@s.whatsapp.net' }, message), [])
+})
+
+test('a text longer than anyone may send is cut, and never in the middle of a character', async () => {
+	const [mail] = await mailOf({ from: ANNA }, { conversation: `x${'😀'.repeat(60_000)}` })
+	assert.equal(mail.text.length, 100_000)
+	assert.ok(mail.text.isWellFormed())
 })
