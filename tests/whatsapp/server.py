@@ -323,6 +323,7 @@ class WhatsAppProcess:
             stderr=self._words,
             start_new_session=True,
         )
+        self.pid = self._process.pid
         ready = read_line(self._process, START_S_MAX)
         if ready is None:
             self._words.seek(0)

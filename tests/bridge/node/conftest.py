@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 
-import httpx
 import pytest
 import trio
 
 from tests.bridge.node.harness import NodeBridge, NodeProcess, take_up
 from tests.bridge.node.install import install_node_side
 from tests.bridge.node.steps import SOON_S
-from tests.whatsapp.server import MAIN, FakeWhatsApp
+from tests.whatsapp.server import FakeWhatsApp, WhatsAppProcess
 
 
 @pytest.fixture(scope="session")
-def whatsapp_process() -> Iterator[subprocess.Popen[bytes]]:
+def whatsapp_process() -> Iterator[WhatsAppProcess]:
     install_node_side()
-    command = ["node", str(MAIN)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        yield process
-        process.kill()
-
-
-@pytest.fixture(scope="session")
-def addresses(whatsapp_process: subprocess.Popen[bytes]) -> dict[str, str]:
-    """Where the fake WhatsApp is: `url` for clients, `control` for us."""
-    assert whatsapp_process.stdout is not None
-    ready: dict[str, str] = json.loads(whatsapp_process.stdout.readline())
-    return ready
+    process = WhatsAppProcess()
+    process.start()
+    yield process
+    process.close()
 
 
 @pytest.fixture
-async def whatsapp(addresses: dict[str, str]) -> AsyncIterator[FakeWhatsApp]:
-    async with httpx.AsyncClient(base_url=addresses["control"], timeout=SOON_S) as client:
-        server = FakeWhatsApp(addresses["url"], client)
+async def whatsapp(whatsapp_process: WhatsAppProcess) -> AsyncIterator[FakeWhatsApp]:
+    async with whatsapp_process.open_control() as server:
         await server.reset()
         yield server
 

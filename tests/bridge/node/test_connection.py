@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import subprocess
 import time
 from contextlib import suppress
 
@@ -14,7 +14,7 @@ import trio
 
 from tests.bridge.node.harness import Account, CallFailed, Frame, NodeBridge, open_node
 from tests.bridge.node.steps import ANNA, BERND, SHOP, SOON_S, log_in, pair
-from tests.whatsapp.server import FakeWhatsApp, Refused
+from tests.whatsapp.server import FakeWhatsApp, Refused, WhatsAppProcess
 
 pytestmark = pytest.mark.node
 
@@ -290,16 +290,16 @@ async def test_closed_connection_ends_at_the_server_and_mentions_itself_no_more(
 
 
 async def test_server_that_hangs_does_not_hold_a_close_up(
-    node: NodeBridge, whatsapp: FakeWhatsApp, whatsapp_process: subprocess.Popen[bytes]
+    node: NodeBridge, whatsapp: FakeWhatsApp, whatsapp_process: WhatsAppProcess
 ) -> None:
     link = await log_in(node, await pair(node, whatsapp))
-    whatsapp_process.send_signal(signal.SIGSTOP)
+    os.kill(whatsapp_process.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
         await link.call("close")
         assert time.monotonic() - began < 5
     finally:
-        whatsapp_process.send_signal(signal.SIGCONT)
+        os.kill(whatsapp_process.pid, signal.SIGCONT)
 
 
 async def test_end_of_the_line_ends_a_process_with_a_live_connection_at_once(
