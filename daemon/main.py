@@ -204,6 +204,7 @@ async def _open_baileys(
         or (BRIDGE_ACCOUNTS_MAX_OLD_NODE if old else BRIDGE_ACCOUNTS_MAX),
         deaths_max=settings.bridge_deaths_max,
         deaths_within_s=settings.bridge_deaths_within_s,
+        spare_after_s=settings.drain_linger_s + 1,
     )
     if old:
         journal.note(

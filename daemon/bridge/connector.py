@@ -50,6 +50,9 @@ class BridgeLimits:
     """Processes that may die within `deaths_within_s`; with one more the connector is down, and
     the instance lets another try."""
     deaths_within_s: float = 60.0
+    spare_after_s: float = 3.0
+    """From the end of a term to the next spare process: longer than a drained instance lingers, for
+    starting one takes a processor from whoever restores the accounts just then."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -137,11 +140,11 @@ class BaileysConnector:
     async def keep_spare(self) -> None:
         """Have one process stand by whenever there is no bridge.
 
-        One that is taken for a term ends with that term, and then another is wanted.
+        One that is taken for a term ends with that term, and a while later another is wanted.
         """
-        failures = 0
+        failures, wait_s = 0, 0.0
         while True:
-            await self._idle.wait()
+            await self._wait_idle(wait_s)
             began = trio.current_time()
             process = self._spare = self._launch()
             await process.wait_ended()
@@ -149,8 +152,18 @@ class BaileysConnector:
                 self._spare = None
             well = process.stopped or trio.current_time() - began > SPARE_BACKOFF.cap_s
             failures = 0 if well else failures + 1
+            wait_s = self.limits.spare_after_s
             if failures:
-                await trio.sleep(SPARE_BACKOFF.wait_s(failures, self.rng))
+                wait_s = SPARE_BACKOFF.wait_s(failures, self.rng)
+
+    async def _wait_idle(self, seconds: float) -> None:
+        """Wait until there has been no bridge for so long."""
+        while True:
+            idle = self._idle
+            await idle.wait()
+            await trio.sleep(seconds)
+            if idle is self._idle:  # It is another one since a bridge was opened.
+                return
 
     # --- bridges
 

@@ -64,6 +64,7 @@ install_all() {
     cat <<END
 Installed. Settings: $sysconfdir/watchkeeper/watchkeeper.env; keep a copy of
 $sysconfdir/watchkeeper/secrets/encryption-key, apart from backups of what it encrypts.
+  $prefix/bin/watchkeeper setup-whatsapp # once, and after an upgrade: Baileys (Node.js 20 and npm)
   systemctl enable --now watchkeeper     # one instance
   systemctl status watchkeeper           # its state, epoch and accounts
   journalctl -u watchkeeper -f           # what it does

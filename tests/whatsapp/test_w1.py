@@ -34,3 +34,30 @@ async def test_an_account_is_paired_sends_and_is_answered(
             assert inbox.texts == ["Grüße aus Ł - 🌍"]
             assert [each.message_id for each in inbox.shown] == [sent.json()["messageId"]]
             assert inbox.unreadable == ()
+
+            # The contact hears that its answer arrived only when the store has it.
+            (answer,) = await whatsapp.send(CONTACT, PHONE, ["Antwort: žluťoučký kůň"])
+            await wait_receipt(whatsapp, answer)
+
+            # Redeployed, the same device goes on: nobody scans again, both ways stay readable.
+            assert await node.stop() == 0
+            await cluster.restart(node, state="ACTIVE")
+            await cluster.wait_connected(node, "anna")
+            again = await cluster.send(node, "anna", "zurück")
+            assert again.json()["status"] == "server_ack"
+            inbox = await whatsapp.wait_inbox(CONTACT, 2)
+            assert (inbox.texts[1], inbox.unreadable, inbox.duplicates) == ("zurück", (), [])
+            await wait_receipt(whatsapp, *await whatsapp.send(CONTACT, PHONE, ["noch da?"]))
+        counts = await whatsapp.counts()
+        assert (counts.get("paired"), counts.get("conflict", 0)) == (1, 0)
+        assert "bridge.ended" not in node.log()
+
+
+async def wait_receipt(whatsapp: FakeWhatsApp, message_id: str) -> None:
+    """Wait until the contact's message was received: stored, and then confirmed."""
+    while True:
+        for sent in await whatsapp.sent(CONTACT):
+            if sent.message_id == message_id and sent.receipts:
+                assert "retry" not in sent.receipts
+                return
+        await trio.sleep(0.05)
