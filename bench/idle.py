@@ -77,9 +77,8 @@ async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
 
 
 async def _look(cluster: Cluster, node: Node) -> Seen:
-    assert node.process is not None
     operations = await store_operations(cluster, node)
-    return Seen(usage_of(node.process.pid), operations)
+    return Seen(usage_of(node.daemon_pid), operations)
 
 
 def _rows(size: Size, store: str, state: str, spans: list[tuple[Seen, Seen]]) -> list[Row]:

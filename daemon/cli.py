@@ -141,7 +141,17 @@ def _options(
 
 
 @app.command()
-def run() -> None:
+def run(
+    no_warden: Annotated[
+        bool,
+        typer.Option(
+            "--no-warden", help="Without the process that kills a hung instance; docs/operating.md."
+        ),
+    ] = False,
+    told: Annotated[
+        int | None, typer.Option(hidden=True, help="Where the warden listens; it sets this.")
+    ] = None,
+) -> None:
     """Run an instance, until SIGTERM, SIGINT or `watchkeeper drain`."""
     with _ending():
         loaded = _load(serving=True)
@@ -152,7 +162,9 @@ def run() -> None:
 
         for warning in loaded.warnings:
             remark(warning)
-        raise typer.Exit(trio.run(serve, loaded.settings))
+        if told is None and not no_warden:
+            remark("No warden here (Linux only): a hung instance is not killed.")
+        raise typer.Exit(trio.run(serve, loaded.settings, told))
 
 
 @app.command()

@@ -19,7 +19,9 @@ from daemon.diagram import Format, render
 from daemon.http.events import HTTP_EVENTS
 from daemon.main import DAEMON_EVENTS
 from daemon.settings import SECRET_FIELDS, SECRETS_DIR_VARIABLE, Settings, variable_of
-from machine.events import EVENTS
+from daemon.warden import EVENTS as WARDEN_EVENTS
+from machine.events import EVENTS, EventKind
+from machine.ports import Level
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MADE_FROM = "<!-- Made by `python -m daemon.generate_docs`; change {source} instead. -->"
@@ -116,9 +118,11 @@ def state_machine_page() -> str:
 
 
 def events_page() -> str:
-    """Every event, from the tables of the machine, the HTTP layer and the composition root."""
+    """Every event, from the tables of the machine, the daemon's parts and the warden."""
+    # The warden's is plain: it imports nothing.
+    warden = {name: EventKind(Level(level), text) for name, (level, text) in WARDEN_EVENTS.items()}
     lines = [
-        MADE_FROM.format(source="the events of `machine`, `daemon/http` and `daemon/main.py`"),
+        MADE_FROM.format(source="the events of `machine` and `daemon`"),
         "# Events",
         "",
         (
@@ -132,7 +136,7 @@ def events_page() -> str:
     ]
     lines += [
         f"| `{name}` | {kind.level.value} | {_cell(kind.text)} |"
-        for name, kind in {**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS}.items()
+        for name, kind in {**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS, **warden}.items()
     ]
     return "\n".join(lines) + "\n"
 

@@ -36,6 +36,8 @@ from daemon.bridge.install import (
     find_node,
 )
 from daemon.bridge.process import ProcessPlan
+from daemon.crash_release import firestore_store, sqlite_store
+from daemon.guard import PipeGuard
 from daemon.http.app import serve_api, serve_metrics
 from daemon.http.auth import Tokens
 from daemon.http.documented import WITH_BODY, errors
@@ -52,12 +54,14 @@ from daemon.notify import Notifier, keep_notified
 from daemon.reload import RELOAD_EVENTS, Reloader
 from daemon.settings import ConnectorKind, Settings, StoreKind
 from daemon.sqlite.local import StateDirInUse, open_local
+from daemon.warden import boottime
 from machine.events import EVENTS, EventKind
 from machine.instance import Instance
 from machine.outbox import make_message_id
 from machine.ports import (
     AccountStore,
     Connector,
+    Guard,
     InboxStore,
     LeaseStore,
     Level,
@@ -66,6 +70,7 @@ from machine.ports import (
     Ports,
     StoreMisconfigured,
     StoreUnavailable,
+    Unguarded,
 )
 from machine.records import AccountStatus, Identity
 
@@ -104,7 +109,7 @@ class HostClocks:
 
     def boottime(self) -> float:
         """Seconds since boot, suspend included."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        return boottime()
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +271,37 @@ def make_api_settings(settings: Settings, tokens: Tokens) -> ApiSettings:
     )
 
 
-async def serve(settings: Settings) -> int:
+def make_guard(settings: Settings, told: int | None) -> Guard:
+    """Tell the warden on the file descriptor `told`; with `None` there is none.
+
+    Raises `StoreMisconfigured`.
+    """
+    if told is None:
+        return Unguarded()
+    if settings.store is StoreKind.SQLITE:
+        store = sqlite_store(settings.shared_dir / SHARED_FILE)
+    else:
+        store = firestore_store(
+            settings.firestore_project or "",
+            settings.firestore_database,
+            settings.firestore_emulator_host,
+            settings.group,
+        )
+    try:
+        return PipeGuard(
+            told,
+            instance=settings.instance_name,
+            json_lines=settings.log_format == "json",
+            lease=store,
+        )
+    except ValueError as error:
+        raise StoreMisconfigured(str(error)) from error
+
+
+async def serve(settings: Settings, told: int | None = None) -> int:
     """Run one instance until it is asked to end; the process's exit code.
 
+    `told` is where its warden listens, if it has one.
     SIGTERM and SIGINT ask for a drain; a second one of either ends the process at once. SIGHUP
     reads the settings again.
     """
@@ -285,7 +318,7 @@ async def serve(settings: Settings) -> int:
     ) as journal:
         code = EXIT_OK
         try:
-            await _serve(settings, journal)
+            await _serve(settings, journal, told)
         except* (StoreMisconfigured, StateDirInUse, BindFailed, BridgeUnusable) as refused:
             code = EXIT_SETTINGS
             _tell(journal, refused)
@@ -304,8 +337,9 @@ def _tell(journal: LoguruJournal, errors: BaseExceptionGroup[BaseException]) -> 
             journal.note("instance.refused", error=str(error))
 
 
-async def _serve(settings: Settings, journal: LoguruJournal) -> None:
+async def _serve(settings: Settings, journal: LoguruJournal, told: int | None) -> None:
     raise_files_limit()
+    guard = make_guard(settings, told)
     # What the imports made lives as long as the process. Left in the collector's view, every
     # collection walks it, and a drain of 1,000 accounts spends a fifth of its time there.
     gc.collect()
@@ -324,7 +358,7 @@ async def _serve(settings: Settings, journal: LoguruJournal) -> None:
                 open_shared(settings, journal) as shared,
                 open_connector(settings, journal) as parts,
             ):
-                ports = _make_ports(settings, journal, local, shared, parts.connector)
+                ports = _make_ports(settings, journal, local, shared, parts.connector, guard)
                 instance = Instance(
                     identity,
                     ports=ports,
@@ -344,6 +378,7 @@ def _make_ports(
     local: LocalStore,
     shared: SharedStores,
     connector: Connector,
+    guard: Guard,
 ) -> Ports:
     return Ports(
         lease=shared.lease,
@@ -357,6 +392,7 @@ def _make_ports(
         journal=journal,
         clocks=HostClocks(),
         rng=SystemRandom(),
+        guard=guard,
     )
 
 

@@ -557,6 +557,8 @@ class Instance:
             reason=reason,
             handoff_to=ended.handoff_to if ended is not None else None,
         )
+        if released:
+            self._ports.guard.lease_released()
         self._ports.journal.note(
             "lease.released" if released else "lease.not_released",
             epoch=held.grant.epoch,

@@ -91,11 +91,21 @@ class LeaseTiming:
             )
         if not 0 <= self.drift < 0.01:
             raise ValueError(f"drift {self.drift:g} must be a rate between 0 and 0.01")
+        # Whoever does not end by itself is killed, and dead, before anyone else may begin.
+        assert self.term_s < self.term_s + self.kill_grace_s < self.ttl_s
 
     @property
     def term_s(self) -> float:
         """How long a renewal lets its holder act, from the moment it was asked for."""
         return self.ttl_s * (1 - 2 * self.drift) - self.margin_s
+
+    @property
+    def kill_grace_s(self) -> float:
+        """How long after its deadline a term may take to end before it is killed from outside.
+
+        Half the margin: the other half is for the kill itself, before the ttl is over.
+        """
+        return self.margin_s / 2
 
 
 @dataclass(slots=True)

@@ -580,6 +580,41 @@ class Clocks(Protocol):
         ...
 
 
+# --- who ends us when we cannot ---------------------------------------------------------------
+
+
+class Guard(Protocol):
+    """Stands outside this process, and kills it when a term outlives its deadline.
+
+    It is told, and never asks. Nothing here waits or raises.
+    """
+
+    def deadline_moved(self, grant: Grant, kill_at: float) -> None:
+        """Take note: what still runs at `kill_at` (CLOCK_BOOTTIME) acts without the lease.
+
+        Told before anything of the term runs, and at each renewal.
+        """
+        ...
+
+    def term_over(self) -> None:
+        """Take note: nothing of the term runs any more. The lease may still be ours."""
+        ...
+
+    def lease_released(self) -> None:
+        """Take note: there is nothing to give back in our name, should we die now."""
+        ...
+
+
+class Unguarded:
+    """`Guard` where nobody stands outside: a term ends by itself or not at all."""
+
+    def deadline_moved(self, grant: Grant, kill_at: float) -> None: ...
+
+    def term_over(self) -> None: ...
+
+    def lease_released(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
     """The world as the machine is given it, once, by the composition root."""
@@ -595,3 +630,4 @@ class Ports:
     journal: Journal
     clocks: Clocks
     rng: random.Random
+    guard: Guard = field(default_factory=Unguarded)

@@ -92,6 +92,7 @@ class Term:
         self.opening = Places(limits.open_concurrency)
         self.reading = Places(limits.read_concurrency)
         self.lease_ttl_s = timing.ttl_s
+        self._kill_grace_s = timing.kill_grace_s
         self.scope = trio.CancelScope(deadline=held.deadline)
         self.lost_reason: str | None = None
         self.epoch_seen = held.grant.epoch
@@ -136,6 +137,11 @@ class Term:
         """Take over a later deadline, for the term and for every request it is answering."""
         self.scope.deadline = held.deadline
         self.desk.extend(held.deadline)
+        self.tell_guard()
+
+    def tell_guard(self) -> None:
+        """Tell the guard until when this term may run, a little grace included."""
+        self._ports.guard.deadline_moved(self.grant, self.held.boot_deadline + self._kill_grace_s)
 
     def lose(self, reason: str, *, epoch_seen: int = 0) -> None:
         """End the term at once: another acts, or may.
@@ -351,6 +357,7 @@ async def open_term(
     """
     term = Term(held, ports=ports, limits=limits, timing=timing, durability=durability)
     begun = False
+    term.tell_guard()
     try:
         with term.scope:
             async with trio.open_nursery() as renewing:
@@ -381,6 +388,7 @@ async def open_term(
     finally:
         term.scope.cancel()
         await term.desk.aclose()
+        ports.guard.term_over()
         if term.scope.cancelled_caught and term.lost_reason is None:
             term.lost_reason = "its deadline has passed"
             ports.journal.note("lease.lost", epoch=term.epoch, reason=term.lost_reason)

@@ -93,7 +93,6 @@ NEVER = (
     Never("daemon", ("asyncio", "anyio"), "as in the machine"),
     Never("daemon", ("tests", "bench"), "what ships does not need what checks it"),
     Never("daemon", ("machine.engine",), "only the instance fires triggers"),
-    Never("daemon.warden", ("trio", "machine"), "what must outlive a wedged daemon is stdlib only"),
     *(
         Never(
             adapter,
@@ -189,6 +188,15 @@ def test_the_machine_stands_on_trio_and_transitions_only() -> None:
         and top not in sys.stdlib_module_names
     ]
     assert not wrong
+
+
+def test_the_warden_stands_on_the_standard_library_only() -> None:
+    wrong = [
+        f"{place(path, node)} imports {imported}"
+        for path, module, imported, node in ALL_IMPORTS
+        if module == "daemon.warden" and imported.split(".")[0] not in sys.stdlib_module_names
+    ]
+    assert not wrong, "what must outlive a wedged daemon imports nothing that could wedge"
 
 
 def test_the_rules_see_every_spelling_of_an_import() -> None:

@@ -68,8 +68,8 @@ async def test_kill_9_of_a_real_daemon_leaves_no_node_within_a_second(tmp_path: 
         assert b"main.mjs" in Path(f"/proc/{pids[0]}/cmdline").read_bytes()
         environment = Path(f"/proc/{pids[0]}/environ").read_bytes()
         assert b"WATCHKEEPER" not in environment
-        assert node.process is not None
-        assert os.getpgid(pids[0]) == os.getpgid(node.process.pid)
-        node.signal(signal.SIGKILL)
+        # The group that the warden kills as a whole.
+        assert os.getpgid(pids[0]) == node.daemon_pid
+        node.signal_daemon(signal.SIGKILL)
         await wait_dead(pids)
         await node.wait_ended()

@@ -33,6 +33,7 @@ from machine.term import Term
 from tests.fakes.clocks import FakeClocks
 from tests.fakes.codec import FakeCodec
 from tests.fakes.connector import FakeConnector, FakeWhatsApp
+from tests.fakes.guard import RecordingGuard
 from tests.fakes.journal import RecordingJournal
 from tests.fakes.local_store import FakeLocalStore
 from tests.fakes.shared_store import FakeSharedState, FakeSharedStore
@@ -83,6 +84,7 @@ class Host:
     connector: LabConnector
     legacy: FakeLegacy
     clocks: FakeClocks
+    guard: RecordingGuard
     ports: Ports
     ended: trio.Event = field(default_factory=trio.Event)
     failure: BaseException | None = None
@@ -141,6 +143,7 @@ class Lab:
         connector = LabConnector(self.whatsapp)
         clocks = FakeClocks()
         legacy = FakeLegacy()
+        guard = RecordingGuard()
         ports = Ports(
             lease=store,
             accounts=store,
@@ -153,12 +156,13 @@ class Lab:
             journal=journal,
             clocks=clocks,
             rng=random.Random(f"{name}-{len(self.hosts)}"),
+            guard=guard,
         )
         identity = Identity(name, f"{name}-{len(self.hosts)}", f"http://{name}")
         instance = Instance(
             identity, ports=ports, timing=timing, limits=limits, durability=durability
         )
-        host = Host(name, instance, store, local, journal, connector, legacy, clocks, ports)
+        host = Host(name, instance, store, local, journal, connector, legacy, clocks, guard, ports)
         self.hosts.append(host)
         return host
 

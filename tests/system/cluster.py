@@ -23,6 +23,7 @@ TOKEN = "system-tests-only-token"
 KEY = base64.b64encode(b"k" * 32).decode()
 START_S = 15.0
 REACH_S = 30.0
+GONE_S = 5.0
 
 
 def free_port() -> int:
@@ -33,9 +34,21 @@ def free_port() -> int:
         return port
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 @dataclass
 class Node:
-    """One daemon process, restartable on the same port with the same disk."""
+    """One instance, restartable on the same port with the same disk.
+
+    `process` is its warden, `daemon_pid` the daemon below it.
+    """
 
     name: str
     port: int
@@ -43,6 +56,8 @@ class Node:
     env: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
+    command: tuple[str, ...] = ("daemon", "run")
+    """The module to run, and its arguments."""
 
     @property
     def url(self) -> str:
@@ -61,7 +76,7 @@ class Node:
         self.starts += 1
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "daemon", "run"],
+                [sys.executable, "-m", *self.command],
                 cwd=ROOT,
                 env={**os.environ, **self.env, **extra},
                 stdin=subprocess.DEVNULL,
@@ -70,9 +85,25 @@ class Node:
                 start_new_session=True,
             )
 
+    @property
+    def daemon_pid(self) -> int:
+        """The warden's only child. Raises `LookupError` when it has none (yet, or any more)."""
+        assert self.process is not None
+        pid = self.process.pid
+        try:
+            (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except (FileNotFoundError, ValueError):
+            raise LookupError(f"{self.name} has no daemon") from None
+        return int(child)
+
     def signal(self, number: int) -> None:
+        """Send a signal to the warden, as whoever runs it would."""
         assert self.process is not None
         self.process.send_signal(number)
+
+    def signal_daemon(self, number: int) -> None:
+        """Send a signal to the daemon alone."""
+        os.kill(self.daemon_pid, number)
 
     async def wait_ended(self, within_s: float = 40.0) -> int:
         """The exit code of a process that was asked to end, or killed."""
@@ -90,9 +121,18 @@ class Node:
         return await self.wait_ended()
 
     async def kill(self) -> None:
-        """SIGKILL: nothing is released."""
+        """SIGKILL for the warden, and with it the daemon, as a host's end: nothing is released."""
+        daemon = self.daemon_pid
         self.signal(signal.SIGKILL)
         await self.wait_ended()
+        with trio.fail_after(GONE_S):
+            while alive(daemon):
+                await trio.sleep(0.005)
+
+    async def crash(self) -> int:
+        """SIGKILL for the daemon alone; the warden's exit code, once it has done its part."""
+        self.signal_daemon(signal.SIGKILL)
+        return await self.wait_ended()
 
 
 @dataclass
