@@ -12,13 +12,14 @@ from typing import Protocol
 
 import trio
 
+from machine.closes import RESTRICTED
 from machine.inbox import bounded
 from machine.ledger import Ledger
 from machine.limits import Limits
 from machine.old_messages import LookingTerm, OldMessages
 from machine.outbox import AccountOutbox, is_progress, moved
 from machine.ports import BodyAsked, KeysChanged, MessageProgressed, MessageReceived, Ports
-from machine.records import Grant, KeyChange, KeyName, Message
+from machine.records import Grant, KeyChange, KeyName, Message, MessageId, MessageState
 
 UNSTORED_MAX = 1000
 """Received messages that wait for their commit. Over it the connection is not read on: the server
@@ -58,11 +59,12 @@ class Arrivals:
         self._stored_one = trio.Event()
         self._unconfirmed: dict[KeyName, bytes | None] | None = None
         self._confirmed = False
+        self._restricted = False
 
     def begin(self, *, pairing: bool) -> None:
         """A new connection is opened. What an interrupted pairing has made until now is gone."""
         self._unconfirmed = {} if pairing else None
-        self._confirmed = False
+        self._confirmed = self._restricted = False
 
     def confirm(self) -> None:
         """A phone has scanned: what comes next completes the new identity."""
@@ -124,8 +126,18 @@ class Arrivals:
             )
             self._outbox.put(further)
             self._ledger.post(messages=(further,))
+            if event.state is MessageState.FAILED:
+                self.tell_failed(event.message_id, event.error or "the server said no more")
 
         self._old.look_up(event.message_id, found)
+
+    def tell_failed(self, message_id: MessageId, cause: str) -> None:
+        """Tell that a message failed for good; once a connection, that its account may not send."""
+        told = {"account_id": self._outbox.account_id, "message_id": message_id}
+        self._ports.journal.note("message.failed", **told, cause=cause)
+        if cause.startswith(f"refused_{RESTRICTED}") and not self._restricted:
+            self._restricted = True
+            self._ports.journal.note("account.restricted", **told)
 
     def give_body(self, event: BodyAsked) -> None:
         """Answer with a message's text, from memory or the store; with `None` if neither has it."""

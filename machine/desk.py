@@ -246,6 +246,7 @@ class Desk:
 
     async def _begin_pairing(self, session: Session) -> AccountView:
         """Start a pairing, and answer when there is something to scan, or soon anyway."""
+        session.ask_open()
         self._term.start_session(session)
         with trio.move_on_after(self._limits.qr_wait_s):
             await session.wait_qr()
@@ -254,10 +255,11 @@ class Desk:
     async def qr(self, account_id: AccountId) -> QrCode:
         """The QR code to scan now. Raises `AccountNotFound`, `NotAwaitingScan`."""
         session = await self._visit(self._session, account_id)
-        if session.qr is None:
+        if session.qr is None or session.qr.expires_at <= self._ports.clocks.wall():
+            pairing = session.status in (AccountStatus.AWAITING_SCAN, AccountStatus.QR_READY)
             raise NotAwaitingScan(
                 f"account {account_id} is {session.status}: there is no QR code to scan now",
-                retry_after_s=1 if session.status is AccountStatus.AWAITING_SCAN else None,
+                retry_after_s=1 if pairing else None,
             )
         return session.qr
 
@@ -296,9 +298,8 @@ class Desk:
             raise AccountNotPaired(
                 f"account {account_id} is {session.status}: pair it again with repair"
             )
-        if session.running:
-            session.wake()
-        else:
+        session.ask_open()
+        if not session.running:
             session.show(AccountStatus.CONNECTING)
             self._term.start_session(session)
         return session.view()

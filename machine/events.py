@@ -109,7 +109,24 @@ EVENTS: dict[str, EventKind] = {
     "session.closed": _info(
         "account {account_id} closed with {code} ({meaning}); next try in {retry_s} s"
     ),
-    "session.stopped": _warning("account {account_id} is {status}: {cause}; {advice}"),
+    "session.stopped": _error("account {account_id} is {status}: {cause}; {advice}"),
+    "session.held_back": _warning("account {account_id} is not opened: {cause}; {advice}"),
+    "session.banned": _error(
+        "account {account_id} is banned for {seconds} s and waits until that is over; {advice}"
+    ),
+    "pairing.expired": _info("account {account_id} is {status}: {cause}; {advice}"),
+    "client.refused": _error(
+        "WhatsApp refuses this client's version ({cause}): no account is opened any more in this "
+        "term, those that are open go on; the accounts' state is fine; upgrade Watchkeeper, or "
+        "try one account with reconnect"
+    ),
+    "account.restricted": _error(
+        "account {account_id} is restricted by WhatsApp: message {message_id} was refused and is "
+        "not sent again; look at the phone, and send less, to people who expect it"
+    ),
+    "account.not_archived": _warning(
+        "account {account_id}: its state could not be archived ({error}); it stays with the account"
+    ),
     "session.quarantined": _error("account {account_id} quarantined: {cause}; {advice}"),
     "session.doubled": _error(
         "account {account_id} was opened by another client (440): if that is another instance of "

@@ -344,6 +344,17 @@ async def try_acquire(
     )
 
 
+async def ask_lease(held: HeldLease, store: LeaseStore, timing: LeaseTiming) -> None:
+    """Look whether `held` is still ours. No answer says nothing. Raises `LeaseLost`."""
+    try:
+        with trio.fail_after(timing.attempt_s):
+            view = await store.read()
+    except UNCERTAIN:
+        return
+    if judge(view, held.lease) is Verdict.LOST:
+        raise LeaseLost(describe_holder(view))
+
+
 class LeaseLost(Exception):
     """Another holds the lease, or a higher epoch exists. Stop acting now."""
 

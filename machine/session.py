@@ -11,14 +11,26 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
 from machine.arrivals import Arrivals
+from machine.closes import (
+    BACK_OFF,
+    BAN_S_MAX,
+    CLIENT_REFUSED,
+    NO_RESPONSE,
+    PAIRING_OVER,
+    REACTIONS,
+    VERIFY_S,
+    Reaction,
+    Step,
+)
+from machine.lease import describe_error
 from machine.ledger import AccountVanished, Ledger, TermGuard
 from machine.limits import Limits
 from machine.outbox import AccountOutbox, is_progress, moved
@@ -39,6 +51,7 @@ from machine.ports import (
     Ports,
     QrShown,
     SendRefused,
+    StoreUnavailable,
 )
 from machine.records import (
     RESTORED_STATUSES,
@@ -49,91 +62,13 @@ from machine.records import (
     MessageState,
 )
 from machine.refusals import StoreAway
-from machine.retry import Backoff
+from machine.retry import Backoff, TryTimedOut
 from machine.views import AccountView, PairingCode, QrCode
 
-NO_RESPONSE = 408
-
-RESTART_S = 30.0
-"""A 401 this soon after a 515 is verified before it is believed (WHATSAPP.md §2)."""
+DOUBLED, LOGGED_OUT, BANNED = 440, 401, 402
 
 FIRST_PASS_TRIES = 3
 """After this many tries without a connection the restore reports the account as failed."""
-
-
-class Step(Enum):
-    """What to do after a close."""
-
-    REOPEN = "at once, with the saved keys"
-    BACK_OFF = "again, later and later"
-    WAIT_TTL = "once more after a lease ttl; then never by itself"
-    VERIFY = "once more; then it is true"
-    WAIT_BAN = "when the ban is over"
-    STOP = "never by itself"
-
-
-@dataclass(frozen=True, slots=True)
-class Reaction:
-    """One row of the close-code table. `status` is the one shown when the step ends in a stop."""
-
-    step: Step
-    meaning: str
-    status: AccountStatus = AccountStatus.BACKING_OFF
-    advice: str = ""
-    lasting: bool = True
-    """Whether a stop holds for later terms too; if not, the next restore tries again."""
-
-
-BACK_OFF = Reaction(Step.BACK_OFF, "connection lost")
-
-REACTIONS: dict[int, Reaction] = {
-    515: Reaction(Step.REOPEN, "restart required"),
-    440: Reaction(
-        Step.WAIT_TTL,
-        "another client opened this device",
-        AccountStatus.QUARANTINED,
-        "find the other client (another backend with the same session files?), stop it, then "
-        "reconnect the account",
-    ),
-    401: Reaction(
-        Step.VERIFY,
-        "logged out or device removed",
-        AccountStatus.LOGGED_OUT,
-        "pair it again with repair; its state is kept",
-    ),
-    402: Reaction(Step.WAIT_BAN, "temporary ban"),
-    403: Reaction(
-        Step.STOP, "locked or banned", AccountStatus.BANNED, "its state is kept; ask WhatsApp"
-    ),
-    406: Reaction(Step.STOP, "banned", AccountStatus.BANNED, "its state is kept; ask WhatsApp"),
-    405: Reaction(
-        Step.STOP,
-        "client version refused",
-        AccountStatus.STOPPED,
-        "the connector is too old: upgrade Watchkeeper; the account's state is fine",
-        lasting=False,
-    ),
-    408: Reaction(Step.BACK_OFF, "no answer"),
-    411: Reaction(
-        Step.STOP,
-        "the phone is not multi-device",
-        AccountStatus.STOPPED,
-        "update WhatsApp on the phone, then repair",
-    ),
-    428: Reaction(Step.BACK_OFF, "connection closed by peer or network"),
-    500: Reaction(Step.BACK_OFF, "stream error"),
-    501: Reaction(Step.BACK_OFF, "service unavailable"),
-    503: Reaction(Step.BACK_OFF, "service unavailable"),
-}
-"""WHATSAPP.md §2: decided by code, never by text. An unknown code backs off."""
-
-PAIRING_OVER = Reaction(
-    Step.STOP,
-    "no phone scanned in time",
-    AccountStatus.STOPPED,
-    "ask for a new QR code with repair",
-)
-"""408 while pairing."""
 
 
 PASSING_STATUSES = frozenset(
@@ -141,6 +76,8 @@ PASSING_STATUSES = frozenset(
 )
 """Shown in memory only. Stored, they would be what a standby lists of an account that has been
 connected for days."""
+
+T = TypeVar("T")
 
 _Shown = tuple[AccountStatus, str | None, float]
 
@@ -160,6 +97,20 @@ class SessionTerm(TermGuard, Protocol):
     """On its way out: nothing is opened or sent any more; messages may still be accepted."""
     opening: Places
     lease_ttl_s: float
+    client_refused: str | None
+    """Why no account is opened any more in this term, if WhatsApp refuses this client's version."""
+
+    def refuse_client(self, cause: str) -> None:
+        """WhatsApp refuses this client's version, whichever account it is."""
+        ...
+
+    async def ask_lease(self) -> None:
+        """Look whether the lease is still ours; the term ends when it is not."""
+        ...
+
+    async def ask_store(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Ask the store a few times. Raises `StoreUnavailable`, `TryTimedOut`."""
+        ...
 
     def connector_down(self, reason: str) -> None:
         """The connector is dead beyond repair: the term must end."""
@@ -217,7 +168,9 @@ class Session:
         self._qr_shown = trio.Event()
         self._doubled_at: float | None = None
         self._verified = False
-        self._restarted_at = -math.inf
+        # When a 401 was last likely to be a mistake: the account was opened, or restarted.
+        self._fresh_at = -math.inf
+        self._asked = False
         # Shown instead of what is stored: what passes, and what later terms do not inherit.
         self._shown: _Shown | None = None
         self._known: OrderedDict[str, None] = OrderedDict()
@@ -310,8 +263,9 @@ class Session:
         """Wait until a QR code of the pairing that was just begun can be scanned."""
         await self._qr_shown.wait()
 
-    def wake(self) -> None:
-        """Cut a waiting time short: try to connect now."""
+    def ask_open(self) -> None:
+        """An operator wants it open: try once now, whatever was decided to wait for."""
+        self._asked = self.connection is None
         self._woken.set()
 
     async def _run(self, bridge: Bridge, delay_s: float) -> None:
@@ -329,15 +283,49 @@ class Session:
     async def _keep_open(self, bridge: Bridge) -> None:
         """Open the account again and again until its close code says to stop."""
         tries = 0
+        self._fresh_at = trio.current_time()
+        await self._wait_ban()
         while True:
             was_connected, closed = await self._open_once(bridge)
             tries = 1 if was_connected else tries + 1
+            if closed.code == DOUBLED:
+                await self._term.ask_lease()
             wait_s = self._react(closed, tries, was_connected=was_connected)
             if wait_s is None:
+                if closed.code == LOGGED_OUT:
+                    await self._archive("logged out by WhatsApp")
                 return
-            self._woken = trio.Event()
-            with trio.move_on_after(wait_s):
+            await self._wait(wait_s)
+
+    async def _wait(self, seconds: float) -> None:
+        self._woken = trio.Event()
+        if not self._asked:
+            with trio.move_on_after(seconds):
                 await self._woken.wait()
+
+    async def _wait_ban(self) -> None:
+        """Wait until a ban that an earlier term met is over."""
+        until = self.account.banned_until
+        left_s = 0.0 if until is None else until - self._ports.clocks.wall()
+        if left_s > 0:
+            cause = self.account.last_error or REACTIONS[BANNED].meaning
+            self.show(AccountStatus.BACKING_OFF, cause)
+            self._settle_outcome(Outcome.FAILED, cause, REACTIONS[BANNED].advice)
+            await self._wait(min(left_s, BAN_S_MAX))
+
+    async def _archive(self, reason: str) -> None:
+        """Keep a copy of the account's state aside, whatever becomes of it."""
+        assert self.ledger is not None
+        ledger = self.ledger
+        try:
+            await ledger.ensure_complete()
+            await self._term.ask_store(
+                lambda: self._ports.accounts.archive_parts(ledger.copy(), reason)
+            )
+        except (StoreUnavailable, TryTimedOut, StoreAway, AccountVanished) as error:
+            self._ports.journal.note(
+                "account.not_archived", account_id=self.account_id, error=describe_error(error)
+            )
 
     async def _open_once(self, bridge: Bridge) -> tuple[bool, ConnectionClosed]:
         """One connection from opening to its end; whether it was connected, and how it closed."""
@@ -357,6 +345,9 @@ class Session:
             if keys is not None:
                 await self._rotate()
             await slot.take(last_used_at(self.account))
+            asked, self._asked = self._asked, False
+            if self._term.client_refused is not None and not asked:
+                return False, ConnectionClosed(CLIENT_REFUSED, self._term.client_refused)
             with trio.move_on_after(self._limits.open_try_s) as opening:
                 self.show(
                     AccountStatus.CONNECTING if keys is not None else AccountStatus.AWAITING_SCAN
@@ -444,6 +435,7 @@ class Session:
         now = self._ports.clocks.wall()
         stored = self.ledger.account
         news = stored.phone != phone or stored.status is not AccountStatus.CONNECTED
+        news = news or stored.banned_until is not None
         self._connected_once = True
         self._verified = False
         self.show(AccountStatus.CONNECTED)
@@ -451,7 +443,7 @@ class Session:
         if news:
             # Told to the store at once: other instances list the account by it, and the next
             # term opens it by it.
-            self.ledger.post(fields={"phone": phone}, failed=failed)
+            self.ledger.post(fields={"phone": phone, "banned_until": None}, failed=failed)
         self._ports.journal.note("session.connected", account_id=self.account_id, phone=phone)
         self._settle_outcome(Outcome.CONNECTED)
 
@@ -480,6 +472,8 @@ class Session:
             reaction = PAIRING_OVER
         wait_s = self._wait_of(reaction, closed, tries, was_connected=was_connected)
         cause = f"{reaction.meaning} ({closed})"
+        if reaction.step is Step.STOP_ALL:
+            self._term.refuse_client(closed.detail)
         if wait_s is None:
             self._settle_outcome(Outcome.FAILED, cause, reaction.advice)
             if reaction.lasting:
@@ -488,15 +482,17 @@ class Session:
             else:
                 self.show_here(reaction.status, cause)
             self._ports.journal.note(
-                "session.stopped",
+                reaction.event,
                 account_id=self.account_id,
                 status=reaction.status,
                 cause=cause,
                 advice=reaction.advice,
             )
             return None
-        if reaction.step is not Step.REOPEN:
-            if tries >= FIRST_PASS_TRIES or reaction.step is Step.WAIT_BAN:
+        if reaction.step is Step.WAIT_BAN:
+            self._ban(wait_s, cause, reaction.advice)
+        elif reaction.step is not Step.REOPEN:
+            if tries >= FIRST_PASS_TRIES:
                 self._settle_outcome(Outcome.FAILED, cause, "it is tried again by itself")
             self.show(AccountStatus.BACKING_OFF, cause)
         self._ports.journal.note(
@@ -513,22 +509,40 @@ class Session:
     ) -> float | None:
         match reaction.step:
             case Step.REOPEN:
-                self._restarted_at = trio.current_time()
+                self._fresh_at = trio.current_time()
                 return 0.0 if tries <= 3 else self._backoff.wait_s(tries, self._ports.rng)
             case Step.BACK_OFF:
                 return self._backoff.wait_s(tries, self._ports.rng)
             case Step.WAIT_BAN:
-                return max(closed.expire_s or 0.0, self._limits.reconnect_cap_s)
+                wait_s = max(closed.expire_s or 0.0, self._limits.reconnect_cap_s)
+                return min(wait_s, BAN_S_MAX)
             case Step.WAIT_TTL:
                 return self._wait_after_doubling()
             case Step.VERIFY:
-                restarted = trio.current_time() - self._restarted_at <= RESTART_S
-                if self._verified or (was_connected and not restarted):
+                fresh = trio.current_time() - self._fresh_at <= VERIFY_S
+                if self._verified or (was_connected and not fresh):
                     return None
                 self._verified = True
                 return self._limits.reconnect_first_s
-            case Step.STOP:
+            case Step.STOP | Step.STOP_ALL:
                 return None
+
+    def _ban(self, wait_s: float, cause: str, advice: str) -> None:
+        """A temporary ban: stored, so that the next holder does not open the account either."""
+        assert self.ledger is not None
+        until = self._ports.clocks.wall() + wait_s
+        self._settle_outcome(Outcome.FAILED, cause, advice)
+        self.show(AccountStatus.BACKING_OFF, cause)
+        self.ledger.post(
+            fields={
+                "status": AccountStatus.BACKING_OFF,
+                "last_error": cause,
+                "banned_until": until,
+            }
+        )
+        self._ports.journal.note(
+            "session.banned", account_id=self.account_id, seconds=round(wait_s), advice=advice
+        )
 
     def _wait_after_doubling(self) -> float | None:
         """440: one more try after a lease ttl; a second 440 in that window is a stop."""
@@ -663,14 +677,10 @@ class Session:
 
     async def _fail(self, message: Message, cause: str) -> None:
         assert self.ledger is not None
+        assert self.arrivals is not None
         failed = self._moved(message, MessageState.FAILED, error=cause)
         await self.ledger.write(messages=(failed,), applied=lambda: self.outbox.put(failed))
-        self._ports.journal.note(
-            "message.failed",
-            account_id=self.account_id,
-            message_id=message.message_id,
-            cause=cause,
-        )
+        self.arrivals.tell_failed(message.message_id, cause)
 
     async def pairing_code(self, phone: str) -> PairingCode | None:
         """A code to type on the phone; `None` when the account is not pairing now."""

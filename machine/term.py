@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from machine.desk import Desk
-from machine.lease import HeldLease, LeaseTiming, keep_lease
+from machine.lease import HeldLease, LeaseLost, LeaseTiming, ask_lease, keep_lease
 from machine.ledger import AccountVanished, Ledger
 from machine.limits import Durability, Limits
 from machine.places import Places
@@ -93,6 +93,7 @@ class Term:
         self.reading = Places(limits.read_concurrency)
         self.lease_ttl_s = timing.ttl_s
         self._kill_grace_s = timing.kill_grace_s
+        self.client_refused: str | None = None
         self.scope = trio.CancelScope(deadline=held.deadline)
         self.lost_reason: str | None = None
         self.epoch_seen = held.grant.epoch
@@ -100,6 +101,7 @@ class Term:
         self._end_asked = trio.Event()
         self._ports = ports
         self._limits = limits
+        self._timing = timing
         self._durability = durability
         self._restore = Restore(self, ports=ports, limits=limits)
         self._restoring = trio.CancelScope()
@@ -164,6 +166,23 @@ class Term:
     def connector_down(self, reason: str) -> None:
         """The connector is dead beyond repair: let another instance try."""
         self.ask_end(EndAsked(f"connector down: {reason}"))
+
+    def refuse_client(self, cause: str) -> None:
+        """WhatsApp refuses this client's version: no account is opened any more in this term.
+
+        One alert for all of them. Those that are open go on: they were accepted, and closing them
+        would only lose what still works.
+        """
+        if self.client_refused is None:
+            self.client_refused = cause or "client version refused"
+            self._ports.journal.note("client.refused", cause=self.client_refused)
+
+    async def ask_lease(self) -> None:
+        """Look whether the lease is still ours; the term ends when it is not."""
+        try:
+            await ask_lease(self.held, self._ports.lease, self._timing)
+        except LeaseLost as lost:
+            self.lose(f"the lease is held by {lost}")
 
     async def wait_end_asked(self) -> EndAsked:
         """Wait until somebody asks for the term's end in good order."""

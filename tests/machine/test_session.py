@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from machine.closes import REACTIONS, Step
 from machine.limits import Limits
 from machine.ports import ConnectionClosed, ConnectorDown, MessageProgressed, SendRefused
 from machine.records import (
@@ -27,7 +28,6 @@ from machine.refusals import (
     AccountQuarantined,
     NotAwaitingScan,
 )
-from machine.session import REACTIONS, Step
 from machine.states import State
 from tests.fakes.connector import Script
 from tests.machine.lab import ANN, BEN, LIMITS, TIMING, Host, Lab, open_lab
@@ -261,7 +261,7 @@ async def test_405_stops_for_this_term_and_the_next_one_tries_again(
 ) -> None:
     async with open_world() as world:
         world.cut(405)
-        await world.host.journal.wait_for("session.stopped")
+        await world.host.journal.wait_for("session.held_back")
         assert await world.status() is AccountStatus.STOPPED
         await trio.sleep(1000)
         assert world.opened == 1
@@ -309,8 +309,8 @@ async def test_lost_connections_are_tried_again_later_and_later(
 def test_the_table_has_every_code_of_the_design_and_nothing_deletes_state() -> None:
     assert set(REACTIONS) == {401, 402, 403, 405, 406, 408, 411, 428, 440, 500, 501, 503, 515}
     for code, reaction in REACTIONS.items():
-        stops = reaction.step in (Step.STOP, Step.VERIFY, Step.WAIT_TTL)
-        assert bool(reaction.advice) is stops, code
+        passes = reaction.step in (Step.REOPEN, Step.BACK_OFF)
+        assert bool(reaction.advice) is not passes, code
 
 
 async def test_an_account_that_does_not_connect_in_time_backs_off(
@@ -428,7 +428,7 @@ async def test_a_pairing_that_nobody_scans_is_stopped_and_says_so(
         term = world.host.term
         await term.desk.add_account(BEN, "Ben")
         world.lab.whatsapp._pairing[BEN].end(ConnectionClosed(408, "QR refs attempts ended"))
-        await world.host.journal.wait_for("session.stopped")
+        await world.host.journal.wait_for("pairing.expired")
         account = (await term.desk.account(BEN)).account
         assert account.status is AccountStatus.STOPPED
         assert "no phone scanned in time" in str(account.last_error)
@@ -442,7 +442,7 @@ async def test_a_pairing_whose_bridge_is_slow_is_tried_again(autojump_clock: Moc
         world.lab.whatsapp.script(BEN).open_delay_s = 40.0
         await world.host.desk.add_account(BEN, "Ben")
         await world.host.journal.wait_for("session.closed")
-        assert world.host.journal.of("session.stopped") == []
+        assert world.host.journal.of("pairing.expired") == []
         world.lab.whatsapp.script(BEN).open_delay_s = 0.0
         await trio.sleep(2)
         assert (await world.host.desk.qr(BEN)).qr
