@@ -76,6 +76,7 @@ export class Connection {
 			makeSignalRepository: keepBeforeReceipt(
 				DEFAULT_CONNECTION_CONFIG.makeSignalRepository,
 				this.#stanzas,
+				this.#keys,
 				keep
 			)
 		})
@@ -121,6 +122,7 @@ export class Connection {
 			sent.catch(error => this.#unacknowledged.giveUp(messageId, this.#asCallFailed(error)))
 			await acknowledged
 			await Promise.race([sent, this.#closed.promise])
+			await this.#keys.whenRead()
 			this.#checkOpen()
 			reply({ keys: this.#keys.takeChanges() })
 		} finally {
@@ -172,8 +174,9 @@ export class Connection {
 		if (this.#ending) return
 		this.#tellTimer ??= setTimeout(() => {
 			this.#tellTimer = null
-			// The reply to a send carries them, in one commit with the message's new state.
-			if (this.#unacknowledged.size === 0) this.#tellKeys().catch(() => {})
+			// The reply to a send, or the message that is being read, carries them.
+			if (this.#unacknowledged.size > 0 || this.#keys.isReading) return
+			this.#tellKeys().catch(() => {})
 		}, TELL_AFTER_MS)
 	}
 
@@ -244,7 +247,10 @@ export class Connection {
 		holdOutput(this.#socket.ws, this.#tellKeys())
 	}
 
-	/** @param {import('./inbound.mjs').Mail[]} mail what a stanza held, now that it is read */
+	/**
+	 * Takes what reading changed before it first waits.
+	 * @param {import('./inbound.mjs').Mail[]} mail what a stanza held, now that it is read
+	 */
 	async #keep(mail) {
 		try {
 			for (const message of mail) this.#store('received', { message, values: this.#keys.takeChanges() })

@@ -54,17 +54,31 @@ export class Stanzas {
  * under locks of their own one would undo the other.
  * @param {Function} makeRepository
  * @param {Stanzas} stanzas
- * @param {(mail: Mail[]) => Promise<void>} keep resolves when the messages, if it is one, and all
+ * @param {import('./keys.mjs').AccountKeys} keys
+ * @param {(mail: Mail[]) => Promise<void>} keep resolves when the messages, if there are any, and all
  *   changed keys are durable; never settles when they cannot be: the connection is then ending
  */
-export function keepBeforeReceipt(makeRepository, stanzas, keep) {
+export function keepBeforeReceipt(makeRepository, stanzas, keys, keep) {
 	return (auth, ...rest) => {
 		const repository = makeRepository(auth, ...rest)
 		const kept = (decrypt, ciphertextOf) => async args => {
 			const { me } = auth.creds
-			const plaintext = await auth.keys.transaction(() => decrypt(args), me.id)
-			const stanza = stanzas.of(ciphertextOf(args))
-			await keep(stanza ? await readMail(stanza, plaintext, me, repository.lidMapping) : [])
+			let mail = []
+			const read = async () => {
+				keys.beginReading()
+				const plaintext = await decrypt(args)
+				const stanza = stanzas.of(ciphertextOf(args))
+				if (stanza) mail = await readMail(stanza, plaintext, me, repository.lidMapping)
+				return plaintext
+			}
+			let plaintext
+			try {
+				plaintext = await auth.keys.transaction(read, me.id)
+			} finally {
+				keys.endReading()
+			}
+			// In the same step: what reading changed goes with the message, or not at all.
+			await keep(mail)
 			return plaintext
 		}
 		return {

@@ -25,11 +25,17 @@ export function keyName(type, id) {
  *
  * Between calls: `#texts` is what is true now, and `#changed` names what differs from what
  * `takeChanges` has handed out. `held` keys (a pairing that no phone has confirmed) hand out nothing.
+ * While a message is read, what that changes is in `#read` and not handed out: stored without the
+ * message, it would make the server's next copy of it unreadable.
  */
 export class AccountKeys {
 	#texts
 	#changed = new Set()
 	#credsText
+	/** @type {Set<string> | null} */
+	#read = null
+	#whenRead = Promise.resolve()
+	#setRead = () => {}
 	held = false
 
 	/** Called after each change; what it returns is awaited by Baileys when `durableFirst`. */
@@ -78,6 +84,8 @@ export class AccountKeys {
 		const changes = {}
 		if (this.held) return changes
 		for (const name of this.#changed) {
+			if (this.#read?.has(name)) continue
+			this.#changed.delete(name)
 			if (name !== CREDS) {
 				changes[name] = this.#texts.get(name) ?? null
 				continue
@@ -86,8 +94,31 @@ export class AccountKeys {
 			// Baileys announces many updates that change nothing.
 			if (text !== this.#credsText) changes[CREDS] = this.#credsText = text
 		}
-		this.#changed.clear()
 		return changes
+	}
+
+	get isReading() {
+		return this.#read !== null
+	}
+
+	/** A message begins to be read. One at a time: Baileys reads under a lock. */
+	beginReading() {
+		this.#read = new Set()
+		this.#whenRead = new Promise(resolve => (this.#setRead = resolve))
+	}
+
+	/** It is read, or cannot be: `takeChanges` hands out what it changed. */
+	endReading() {
+		const read = this.#read ?? new Set()
+		for (const name of read) this.#changed.add(name)
+		this.#read = null
+		this.#setRead()
+		if (read.size > 0) void this.onChange(false)
+	}
+
+	/** Resolves when no message is being read: what is taken in the same step has every change. */
+	async whenRead() {
+		while (this.isReading) await this.#whenRead
 	}
 
 	/** Baileys has changed `creds`, which it shares with us. */
@@ -157,9 +188,11 @@ export class AccountKeys {
 				const name = keyName(type, id)
 				if (value) this.#texts.set(name, toText(value))
 				else this.#texts.delete(name)
-				this.#changed.add(name)
 				// A pre-key that was used up may go late: the server gives each out once.
-				durableFirst ||= Boolean(value) && DURABLE_FIRST.has(type)
+				const isUrgent = Boolean(value) && DURABLE_FIRST.has(type)
+				const changed = isUrgent ? this.#changed : (this.#read ?? this.#changed)
+				changed.add(name)
+				durableFirst ||= isUrgent
 			}
 		}
 		const told = this.onChange(durableFirst)

@@ -6,7 +6,7 @@ import { createRequire } from 'node:module'
 import { pathToFileURL } from 'node:url'
 import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../daemon/bridge/node/line.mjs'
 import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
-import { keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
+import { AccountKeys, keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
 import { readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
 import { readMail } from '../../../daemon/bridge/node/inbound.mjs'
 import { readClose } from '../../../daemon/bridge/node/closing.mjs'
@@ -228,4 +228,55 @@ test('a text longer than anyone may send is cut, and never in the middle of a ch
 	const [mail] = await mailOf({ from: ANNA }, { conversation: `x${'😀'.repeat(60_000)}` })
 	assert.equal(mail.text.length, 100_000)
 	assert.ok(mail.text.isWellFormed())
+})
+
+const silent = { level: 'silent', trace() {}, debug() {}, info() {}, warn() {}, error() {} }
+
+function newKeys() {
+	const keys = AccountKeys.create()
+	keys.held = false
+	keys.takeChanges()
+	return { keys, store: keys.signalStore(silent) }
+}
+
+test('what reading a message changes is handed out with it, and not before', async () => {
+	const { keys, store } = newKeys()
+	await store.set({ session: { 'anna.0': 'sent to' } })
+	keys.beginReading()
+	await store.set({ session: { 'anna.0': 'read from' }, 'pre-key': { 5: null } })
+	await store.set({ 'pre-key': { 9: 'new' } })
+	assert.deepEqual(keys.takeChanges(), { 'pre-key-9': '"new"' })
+	const order = []
+	const other = keys.whenRead().then(() => order.push('other'))
+	keys.endReading()
+	order.push('reader')
+	assert.deepEqual(keys.takeChanges(), { 'session-anna.0': '"read from"', 'pre-key-5': null })
+	await other
+	assert.deepEqual(order, ['reader', 'other'])
+	assert.deepEqual(keys.takeChanges(), {})
+})
+
+test('a change is told once, at its last value, and credentials that are the same are not told', async () => {
+	const { keys, store } = newKeys()
+	await store.set({ session: { 'anna.0': 1 }, 'lid-mapping': { 491: 'a' } })
+	await store.set({ session: { 'anna.0': 2 }, 'lid-mapping': { 491: null } })
+	await keys.credsChanged()
+	assert.deepEqual(keys.takeChanges(), { 'session-anna.0': '2', 'lid-mapping-491': null })
+	keys.creds.nextPreKeyId = 7
+	await keys.credsChanged()
+	assert.deepEqual(Object.keys(keys.takeChanges()), ['creds'])
+})
+
+test('only what the server relies on makes Baileys wait', async () => {
+	const { keys, store } = newKeys()
+	const urgent = []
+	keys.onChange = durableFirst => {
+		urgent.push(durableFirst)
+		return durableFirst ? new Promise(() => {}) : Promise.resolve()
+	}
+	await store.set({ session: { a: 1 } })
+	await store.set({ 'pre-key': { 1: null } })
+	const waits = store.set({ 'pre-key': { 2: 1 } })
+	assert.equal(await Promise.race([waits, new Promise(go => setTimeout(go, 20, 'waits'))]), 'waits')
+	assert.deepEqual(urgent, [false, false, true])
 })
