@@ -221,6 +221,7 @@ async def _open_baileys(
     plan = ProcessPlan(
         (node.path, str(directory.absolute() / PROGRAM)),
         make_bridge_options(settings),
+        ping_every_s=settings.bridge_ping_s / 2,
         ping_s=settings.bridge_ping_s,
     )
     async with open_baileys(

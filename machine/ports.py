@@ -466,7 +466,10 @@ class Connection(Protocol):
         ...
 
     async def is_on_whatsapp(self, to: str) -> bool:
-        """Raises `ConnectionClosed`."""
+        """False only when the server says so: where it does not answer, the send will tell.
+
+        Raises `ConnectionClosed`.
+        """
         ...
 
     async def request_pairing_code(self, phone: str) -> tuple[str, float]:

@@ -378,27 +378,38 @@ class BridgeConnection:
 
     async def is_on_whatsapp(self, to: str) -> bool:
         """See `machine.ports.Connection`."""
-        return (await self._call(OnWhatsApp(connection=self.number, to=to), OnWhatsAppDone)).exists
+        call = OnWhatsApp(connection=self.number, to=to)
+        try:
+            return (await self._call(call, OnWhatsAppDone)).exists
+        except CallFailed:
+            # A connection that ends each time would keep every later message back for ever.
+            return True
 
     async def request_pairing_code(self, phone: str) -> tuple[str, float]:
         """See `machine.ports.Connection`."""
-        done = await self._call(PairingCode(connection=self.number, phone=phone), PairingCodeDone)
+        call = PairingCode(connection=self.number, phone=phone)
+        done = await self._call_or_close(call, PairingCodeDone)
         return done.code, done.expires_at
 
     async def log_out(self) -> None:
         """See `machine.ports.Connection`."""
-        await self._call(Logout(connection=self.number), Done)
+        await self._call_or_close(Logout(connection=self.number), Done)
+
+    async def _call_or_close(self, call: Call, kind: type[OkT]) -> OkT:
+        """As `_call`; what could not be done is `ConnectionClosed`, too."""
+        try:
+            return await self._call(call, kind)
+        except CallFailed as failed:
+            raise ConnectionClosed(STREAM_ERROR, str(failed)) from failed
 
     async def _call(self, call: Call, kind: type[OkT]) -> OkT:
-        """Ask the process while the connection is open. Raises `ConnectionClosed`."""
+        """Ask the process while the connection is open. Raises `ConnectionClosed`, `CallFailed`."""
         if self._ending is not None:
             raise self._closed()
         with trio.CancelScope() as scope:
             self._calls.add(scope)
             try:
                 return await self._wire.call(call, kind)
-            except CallFailed as failed:
-                raise ConnectionClosed(STREAM_ERROR, str(failed)) from failed
             finally:
                 self._calls.discard(scope)
         raise self._closed()

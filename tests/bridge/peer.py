@@ -126,6 +126,8 @@ def serve_call(call: dict[str, object]) -> None:
             open_connection(call)
         case "send":
             send(call)
+        case "onWhatsApp" if str(call["to"]).endswith("999"):
+            write({**reply, "error": {"kind": "failed", "message": "the server did not say"}})
         case "onWhatsApp":
             write({**reply, "ok": {"exists": not str(call["to"]).endswith("0")}})
         case "pairingCode":

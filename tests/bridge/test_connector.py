@@ -58,6 +58,7 @@ async def test_an_account_connects_sends_and_is_closed() -> None:
                 nursery.start_soon(connection.next_event)
                 assert await connection.is_on_whatsapp(TO)
                 assert not await connection.is_on_whatsapp("4915100000000")
+                assert await connection.is_on_whatsapp("4915100000999"), "the server did not say"
                 ack = await connection.send_text(message_id(1), TO, "Grüße")
                 assert ack.keys == KeyChange({SESSION: b"1"})
                 nursery.cancel_scope.cancel()
