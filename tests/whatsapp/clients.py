@@ -26,11 +26,13 @@ class BaileysClients:
         self._url = url
         self._events: list[Event] = []
         self._came = trio.Event()
+        self._telling = trio.Lock()
 
     async def tell(self, command: str, name: str, **fields: Any) -> None:
         """Give a command; what comes of it is an event."""
         line = json.dumps({"command": command, "name": name, **fields}) + "\n"
-        await self._stream.send_all(line.encode())
+        async with self._telling:
+            await self._stream.send_all(line.encode())
 
     async def open(self, name: str, **options: Any) -> None:
         """Connect; without credentials a pairing begins."""
