@@ -30,6 +30,9 @@ run-standby: $(RUN) ## start a second instance that stands by, on port 8081; STA
 run-whatsapp: $(RUN) $(BAILEYS) ## start one instance for the real WhatsApp, to link a phone with; PORT=…
 	@exec deploy/dev/run.sh a $(PORT) baileys
 
+demo-whatsapp: $(RUN) $(BAILEYS) ## redeploys and a crash under traffic, with the real Baileys and no phone
+	@$(BIN)/python -m tests.whatsapp.demo
+
 test: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
 	@$(if $(NODE),,echo "Node.js 20 is not here: the tests of the connector baileys are skipped.")
 	@$(BIN)/pytest -m "not long" $(ARGS)
@@ -85,4 +88,4 @@ $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.
 $(BAILEYS): daemon/bridge/node/package-lock.json daemon/bridge/node/package.json | $(RUN)
 	@$(BIN)/watchkeeper setup-whatsapp && touch $(BAILEYS)
 
-.PHONY: help setup setup-whatsapp run run-standby run-whatsapp test test-long system-test simulate check format bench docs lock install-systemd uninstall-systemd ci clean
+.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate check format bench docs lock install-systemd uninstall-systemd ci clean
