@@ -52,7 +52,7 @@ class Traffic:
     texts: list[str] = field(default_factory=list)
     """What was accepted, in order."""
     slowest_s: float = 0.0
-    asked_again: int = 0
+    repeated: int = 0
 
     async def keep_writing(self) -> None:
         """One message after the other, each until an instance has taken it."""
@@ -60,7 +60,7 @@ class Traffic:
             text = f"Order {number} is on its way ☕"
             started = time.monotonic()
             while not await self._write(text, f"demo-{number}"):
-                self.asked_again += 1
+                self.repeated += 1
                 await trio.sleep(0.05)
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
             self.texts.append(text)
@@ -96,15 +96,15 @@ async def pair(cluster: Cluster, node: Node, whatsapp: FakeWhatsApp) -> None:
     await cluster.wait_connected(node, ACCOUNT)
 
 
-async def replace(cluster: Cluster, traffic: Traffic, old: Node, new: Node, *, kill: bool) -> None:
+async def replace(cluster: Cluster, traffic: Traffic, old: Node, new: Node, *, crash: bool) -> None:
     """End the holder and wait until the standby has its account connected."""
     await trio.sleep(CALM_S)
     accepted = len(traffic.texts)
     started = time.monotonic()
     # A load balancer takes an instance out that is about to end, or that does not answer.
     traffic.nodes = [new]
-    if kill:
-        await old.kill()
+    if crash:
+        await old.crash()
     else:
         await old.stop()
     await cluster.wait_state(new, "ACTIVE")
@@ -137,13 +137,15 @@ async def tell(cluster: Cluster, whatsapp: FakeWhatsApp) -> bool:
         nursery.start_soon(keep_answering, whatsapp, answers)
         say("4. The shop now writes to Anna all the time, and she writes back.")
         say("5. A redeploy: a is asked to stop (SIGTERM), b takes over.")
-        await replace(cluster, traffic, a, b, kill=False)
+        await replace(cluster, traffic, a, b, crash=False)
         say("6. The next one right after: instance c starts, b is asked to stop.")
         c = await cluster.start("c", state="PASSIVE")
-        await replace(cluster, traffic, b, c, kill=False)
-        say("7. A host dies: instance d starts, and c is killed (SIGKILL) with the lease in hand.")
+        await replace(cluster, traffic, b, c, crash=False)
+        say(
+            "7. A crash: instance d starts, and c is killed (SIGKILL). Its warden sees to the lease."
+        )
         d = await cluster.start("d", state="PASSIVE")
-        await replace(cluster, traffic, c, d, kill=True)
+        await replace(cluster, traffic, c, d, crash=True)
         nursery.cancel_scope.cancel()
     return await judge(whatsapp, traffic, answers)
 
@@ -164,9 +166,7 @@ async def judge(whatsapp: FakeWhatsApp, traffic: Traffic, answers: list[str]) ->
         f"   {len(traffic.texts)} messages were accepted from the shop. {len(missing)} are missing,"
     )
     say(f"   {twice} are there twice, {len(inbox.unreadable)} cannot be read. The slowest took")
-    say(
-        f"   {traffic.slowest_s:.1f} s to be accepted; {traffic.asked_again} requests were repeated."
-    )
+    say(f"   {traffic.slowest_s:.1f} s to be accepted; {traffic.repeated} requests were repeated.")
     say(f"   Of the {len(answers)} that she wrote, {unheard} did not arrive.")
     say("On the WhatsApp server:")
     say(f"   {counts['login']} logins; two clients at the same time: {conflicts} times.")
