@@ -141,9 +141,7 @@ async def tell(cluster: Cluster, whatsapp: FakeWhatsApp) -> bool:
         say("6. The next one right after: instance c starts, b is asked to stop.")
         c = await cluster.start("c", state="PASSIVE")
         await replace(cluster, traffic, b, c, crash=False)
-        say(
-            "7. A crash: instance d starts, and c is killed (SIGKILL). Its warden sees to the lease."
-        )
+        say("7. A crash: d starts, and c is killed (SIGKILL). Its warden sees to the lease.")
         d = await cluster.start("d", state="PASSIVE")
         await replace(cluster, traffic, c, d, crash=True)
         nursery.cancel_scope.cancel()
