@@ -9,7 +9,7 @@ import { CallFailed } from './errors.mjs'
 import { keepBeforeReceipt, Stanzas } from './inbound.mjs'
 import { makeLogger } from './logger.mjs'
 import { describeError } from './redact.mjs'
-import { readReceipt, Unacknowledged } from './sends.mjs'
+import { isOtherSpelling, readReceipt, Unacknowledged } from './sends.mjs'
 
 /** Changes that nothing else carries are told after this long, several at once. */
 const TELL_AFTER_MS = 100
@@ -136,7 +136,10 @@ export class Connection {
 		this.#checkOpen()
 		const found = await this.#unlessClosed(this.#socket.onWhatsApp(`${phone}@s.whatsapp.net`))
 		if (!found) throw new CallFailed('failed', 'the server did not say whether the number exists')
-		return found.some(each => each.exists)
+		const [known] = found.filter(each => each.exists)
+		if (!known || !isOtherSpelling(known.jid, phone)) return Boolean(known)
+		log('warning', `${this.account}: a number is on WhatsApp, but spelled otherwise there`)
+		return false
 	}
 
 	/** @param {string} phone */

@@ -1,4 +1,5 @@
 // What becomes of messages that were sent: acks by the server, receipts by recipients.
+import { isPnUser, jidDecode } from 'baileys'
 import { CallFailed } from './errors.mjs'
 import { isOwn } from './inbound.mjs'
 
@@ -86,4 +87,14 @@ export function readReceipt({ attrs, content }, me) {
 	const items = Array.isArray(content) && Array.isArray(content[0]?.content) ? content[0].content : []
 	const ids = [attrs.id, ...items.filter(each => each.tag === 'item').map(each => each.attrs.id)]
 	return ids.filter(Boolean).map(messageId => ({ messageId, state }))
+}
+
+/**
+ * Whether WhatsApp knows a number under other digits (in Brazil and Mexico numbers have grown, and
+ * older accounts have not): what is sent to the digits that were given is acknowledged and lost.
+ * @param {string} jid whom WhatsApp names for the number
+ * @param {string} phone
+ */
+export function isOtherSpelling(jid, phone) {
+	return Boolean(isPnUser(jid)) && jidDecode(jid)?.user !== phone
 }

@@ -175,6 +175,7 @@ class NodeBridge:
         self._replies: dict[int, Frame] = {}
         self._links: dict[int, NodeLink] = {}
         self._news = trio.Event()
+        self._reading = trio.CancelScope()
         self._out, self._queue = trio.open_memory_channel[bytes](math.inf)
 
     async def news(self) -> None:
@@ -245,6 +246,10 @@ class NodeBridge:
         """End the line, as a daemon that dies does."""
         self._shared.end_line()
 
+    def stop_reading(self) -> None:
+        """From now on nothing is taken off the line."""
+        self._reading.cancel()
+
     async def close_all(self) -> None:
         """Close every connection, so that the next test finds none."""
         for number in self._links:
@@ -259,15 +264,19 @@ class NodeBridge:
 
     async def serve_in(self) -> None:
         try:
-            async for chunk in self._line:
-                *lines, self._shared.unread = (self._shared.unread + chunk).split(b"\n")
-                for each in lines:
-                    self._take(json.loads(each))
-                self._wake()
+            with self._reading:
+                await self._read()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         self.ended = True
         self._wake()
+
+    async def _read(self) -> None:
+        async for chunk in self._line:
+            *lines, self._shared.unread = (self._shared.unread + chunk).split(b"\n")
+            for each in lines:
+                self._take(json.loads(each))
+            self._wake()
 
     def _wake(self) -> None:
         self._news.set()

@@ -334,6 +334,27 @@ async def test_keys_that_were_not_stored_end_the_connection(
     assert account.keys == stored
 
 
+@pytest.mark.long
+async def test_daemon_that_does_not_read_loses_the_process(
+    whatsapp: FakeWhatsApp, node: NodeBridge
+) -> None:
+    """Seven changes of 12 MB are more than the 64 MB that may wait to be written."""
+    account = await pair(node, whatsapp)
+    creds = json.loads((account.keys or {})["creds"])
+    account.keys = {"creds": json.dumps({**creds, "additionalData": "x" * 12_000_000})}
+    async with open_node() as deaf:
+        await deaf.hello(url=whatsapp.url)
+        deaf.stop_reading()
+        for number in range(100, 107):
+            fields = {"account": "shop", "keys": account.keys, "connection": number}
+            more = {"doubtful": [], "distrustSessions": False}
+            deaf.write({"call": "open", "id": number, "deadlineMs": 1000, **fields, **more})
+        with trio.fail_after(SOON_S):
+            while deaf.process.poll() is None:
+                await trio.sleep(0.05)
+        assert deaf.process.returncode == 1
+
+
 async def test_no_log_record_holds_a_number_a_text_or_a_key(
     node: NodeBridge, whatsapp: FakeWhatsApp
 ) -> None:

@@ -7,7 +7,7 @@ import { pathToFileURL } from 'node:url'
 import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../daemon/bridge/node/line.mjs'
 import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
 import { AccountKeys, keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
-import { readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
+import { isOtherSpelling, readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
 import { readMail } from '../../../daemon/bridge/node/inbound.mjs'
 import { readClose } from '../../../daemon/bridge/node/closing.mjs'
 
@@ -279,4 +279,10 @@ test('only what the server relies on makes Baileys wait', async () => {
 	const waits = store.set({ 'pre-key': { 2: 1 } })
 	assert.equal(await Promise.race([waits, new Promise(go => setTimeout(go, 20, 'waits'))]), 'waits')
 	assert.deepEqual(urgent, [false, false, true])
+})
+
+test('a number that WhatsApp spells otherwise is told from one that it spells the same', () => {
+	assert.ok(isOtherSpelling('553196348800@s.whatsapp.net', '5531996348800'))
+	assert.ok(!isOtherSpelling('5531996348800@s.whatsapp.net', '5531996348800'))
+	assert.ok(!isOtherSpelling('2000001@lid', '5531996348800'))
 })
