@@ -9,12 +9,9 @@ is renewed on it.
 from __future__ import annotations
 
 import gc
-import random
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import trio
 
@@ -22,15 +19,11 @@ from bench import disk_read, firestore_read
 from bench.firestore_read import watch_loop
 from bench.places import CONTACTS, emulator_host, fresh_env
 from bench.rows import Figure, Row, main, progress, seconds
-from daemon.baileys_import import LegacyDirectories
-from daemon.journal import LoguruJournal, open_journal
-from daemon.main import HostClocks, make_codec, open_connector, open_shared
-from daemon.settings import Settings
-from daemon.sqlite.local import open_local
 from machine.instance import Instance
 from machine.ports import Ports
 from machine.records import AccountId, Identity
 from machine.views import RestoreReport
+from tests.in_process import open_ports, settings_of
 from tests.seed import open_stores, seed_accounts
 
 FIRESTORE_AIM = 2.0
@@ -138,51 +131,17 @@ async def _whole(store: str, count: int) -> list[Row]:
 
 
 async def _restore_once(directory: Path, env: Mapping[str, str], *, warm: bool) -> Watched:
-    given: dict[str, Any] = {
-        ("firestore_emulator_host" if name.startswith("FIRESTORE") else name[12:].lower()): value
-        for name, value in env.items()
-    }
-    settings = Settings(
-        **given, instance_name="bench", http_bind="127.0.0.1:0", state_dir=directory / "state"
-    )
-    settings.state_dir.mkdir(exist_ok=True)
-    with (
-        (directory / "bench.log").open("w") as log,
-        open_journal("bench", stream=log, json_lines=True) as journal,
-    ):
-        async with _open_ports(settings, journal) as ports:
-            if warm:
-                await _warm(ports)
-            instance = Instance(
-                Identity("bench", "bench", "http://127.0.0.1:9"),
-                ports=ports,
-                timing=settings.lease_timing(),
-                limits=settings.limits(),
-            )
-            return await _watch(instance)
-
-
-@asynccontextmanager
-async def _open_ports(settings: Settings, journal: LoguruJournal) -> AsyncIterator[Ports]:
-    """The world as the composition root gives it to the machine."""
-    async with (
-        open_local(settings.state_dir) as local,
-        open_shared(settings, journal) as shared,
-        open_connector(settings, journal) as parts,
-    ):
-        yield Ports(
-            lease=shared.lease,
-            accounts=shared.accounts,
-            outbox=shared.outbox,
-            inbox=shared.inbox,
-            local=local,
-            codec=make_codec(settings),
-            connector=parts.connector,
-            legacy=LegacyDirectories(None),
-            journal=journal,
-            clocks=HostClocks(),
-            rng=random.Random(7),
+    settings = settings_of(env, directory)
+    async with open_ports(settings, directory / "bench.log") as ports:
+        if warm:
+            await _warm(ports)
+        instance = Instance(
+            Identity("bench", "bench", "http://127.0.0.1:9"),
+            ports=ports,
+            timing=settings.lease_timing(),
+            limits=settings.limits(),
         )
+        return await _watch(instance)
 
 
 async def _warm(ports: Ports) -> None:

@@ -2,12 +2,12 @@
 
 Each stage is reached for real, on the virtual clock; then one of the three happens. Afterwards the
 instance must be in the right state, and nothing of the term may be left: tasks, connections,
-bridges, calls to the stores.
+bridges. (Descriptors and memory: `tests/system/test_many_terms.py`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -65,6 +65,8 @@ async def idle(lab: Lab, host: Host) -> None:
     lab.start(host)
     await host.journal.wait_for("restore.finished")
     await trio.sleep(7)
+    assert "machine.lease.keep_lease" in left(lab).tasks
+    assert any(name.startswith("machine.session") for name in left(lab).tasks)
 
 
 async def sending(lab: Lab, host: Host) -> None:
@@ -95,18 +97,35 @@ STAGES: list[Callable[[Lab, Host], Awaitable[None]]] = [
 
 @dataclass
 class Left:
-    """What of a term may be left: all zero, or the term leaks."""
+    """What of a term is left: all empty, or the term leaks."""
 
     connections: int
     bridges: int
-    in_flight: int
+    tasks: tuple[str, ...]
+
+
+def living_tasks(task: trio.lowlevel.Task | None = None) -> Iterator[str]:
+    """The names of all tasks, whoever's child they are."""
+    task = task or trio.lowlevel.current_root_task()
+    assert task is not None
+    yield task.name
+    for nursery in task.child_nurseries:
+        for child in nursery.child_tasks:
+            yield from living_tasks(child)
 
 
 def left(lab: Lab) -> Left:
-    return Left(lab.whatsapp.connections, lab.whatsapp.bridges, 0)
+    # The instance's own tasks live as long as it does; all others of the machine are a term's.
+    tasks = tuple(
+        name
+        for name in living_tasks()
+        if name.startswith(("machine.", "tests.fakes.connector"))
+        and not name.startswith("machine.instance.")
+    )
+    return Left(lab.whatsapp.connections, lab.whatsapp.bridges, tasks)
 
 
-NOTHING = Left(0, 0, 0)
+NOTHING = Left(0, 0, ())
 
 
 def take_away(lab: Lab) -> None:
@@ -201,6 +220,7 @@ async def test_step_down_at_any_stage_returns_to_passive_and_another_takes_over(
             lab.whatsapp.script(account_id).login_delay_s = 0.0
         await host.wait(State.PASSIVE)
         assert host.instance.term is None
+        assert host.connector.bridges == []
         await other.journal.wait_for("restore.finished")
         assert lab.whatsapp.evictions == []
         assert other.instance.epoch == 2
