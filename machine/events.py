@@ -93,6 +93,10 @@ EVENTS: dict[str, EventKind] = {
         "found {total} accounts: {shared} in the shared store, {disk} on disk; "
         "{to_open} to open, {listed} only listed, {quarantined} quarantined"
     ),
+    "account.doubted": _warning(
+        "account {account_id}: its Signal sessions may be old ({cause}); they are dropped at its "
+        "next opening, and begun anew with each contact"
+    ),
     "account.found": _info("account {account_id} ({name}): {status}, taken from {source}"),
     "account.imported": _info("account {account_id} imported from a Baileys directory"),
     "import.failed": _error("{directory} was not imported: {cause}; {advice}"),

@@ -110,6 +110,8 @@ class Instance:
         self._seen_at = 0.0
         self._sighting = Sighting()
         self._epoch_floor = 0
+        # The last epoch that was held with this disk.
+        self._held_here = 0
         self._stand_back_until = -math.inf
         self._told_holder: tuple[str, int] | None = None
         self._fence: Fence | None = None
@@ -263,7 +265,7 @@ class Instance:
         local = self._ports.local
         try:
             with trio.fail_after(self._limits.restore_try_s):
-                self._epoch_floor = await local.highest_epoch()
+                self._epoch_floor = self._held_here = await local.highest_epoch()
                 self._transitions.extend(
                     await local.list_transitions(self._limits.transitions_kept)
                 )
@@ -393,6 +395,7 @@ class Instance:
                 self._ports.clocks,
                 self._ports.rng,
                 epoch_floor=floor,
+                held_here=self._held_here,
             )
         except UNCERTAIN as error:
             self._ports.journal.note(
@@ -414,6 +417,7 @@ class Instance:
         try:
             with trio.fail_after(self._timing.attempt_s):
                 await self._ports.local.raise_epoch(epoch)
+            self._held_here = epoch
         except (StoreUnavailable, trio.TooSlowError) as error:
             self._ports.journal.note("disk.failed", what="epoch", error=describe_error(error))
 
@@ -487,7 +491,7 @@ class Instance:
                 self._epoch_floor = max(self._epoch_floor, term.epoch_seen)
             self._poke()
             if ended is None or ended.release:
-                await self._release(held, ended)
+                await self._release(held, ended, settled=term is not None and term.settled)
         if ended.stand_back:
             self._stand_back_until = trio.current_time() + self._limits.stand_back_s
         await self._keep_report()
@@ -544,7 +548,7 @@ class Instance:
         self._poke()
         return await term.wait_end_asked()
 
-    async def _release(self, held: HeldLease, ended: _Ended | None) -> None:
+    async def _release(self, held: HeldLease, ended: _Ended | None, *, settled: bool) -> None:
         """Give the lease back; the last word of a term, bounded by itself."""
         reason = ended.reason if ended is not None else "the term ended with an error"
         released = await release(
@@ -556,6 +560,7 @@ class Instance:
             self._ports.journal,
             reason=reason,
             handoff_to=ended.handoff_to if ended is not None else None,
+            settled=settled,
         )
         if released:
             self._ports.guard.lease_released()
@@ -579,6 +584,7 @@ class Instance:
                         "total": report.total,
                         "restored": report.restored,
                         "failed": len(report.failures),
+                        "doubted": report.doubted,
                         "durations": dict(report.durations),
                     }
                 )

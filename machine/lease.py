@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
 import trio
 
+from machine.doubt import LastTerm
 from machine.ports import (
     Clocks,
     Journal,
@@ -123,6 +124,7 @@ class HeldLease:
     deadline: float
     boot_deadline: float
     asked_at: float
+    last: LastTerm = field(default_factory=LastTerm)
     renewals: int = 0
     last_renewal_at: float | None = None
 
@@ -197,7 +199,13 @@ def renew_write(held: HeldLease, *, nonce: str) -> LeaseWrite:
 
 
 def release_write(
-    held: HeldLease, *, nonce: str, at: float, reason: str, handoff_to: str | None
+    held: HeldLease,
+    *,
+    nonce: str,
+    at: float,
+    reason: str,
+    handoff_to: str | None,
+    settled: bool,
 ) -> LeaseWrite:
     """Give the lease back, if it is still as we know it. Only after the term is over."""
     state = LeaseState.HANDOFF if handoff_to else LeaseState.RELEASED
@@ -207,6 +215,7 @@ def release_write(
             held.fence,
             state=state,
             handoff_to=handoff_to,
+            settled=settled,
             step_down_of=None,
             reason=reason,
             changed_by=held.lease.holder,
@@ -301,8 +310,11 @@ async def try_acquire(
     rng: random.Random,
     *,
     epoch_floor: int = 0,
+    held_here: int = 0,
 ) -> HeldLease | None:
     """Try once to take the lease as `view` shows it; `None` when another was faster.
+
+    `held_here` is the last epoch that was held with this host's disk.
 
     Takes at most two `attempt_s`. An attempt without an answer is looked up; if even that has no
     answer it may have been applied: we then count as not holding it, and find our own incarnation
@@ -341,6 +353,16 @@ async def try_acquire(
         deadline=asked_at + timing.term_s,
         boot_deadline=boot_asked_at + timing.term_s,
         asked_at=asked_at,
+        last=last_term(view, held_here=held_here, epoch_floor=epoch_floor),
+    )
+
+
+def last_term(view: LeaseView, *, held_here: int, epoch_floor: int = 0) -> LastTerm:
+    """How the term ended that `view` shows the end of. Documents from a backup do not say."""
+    epoch = max(view.lease.epoch, view.fence.epoch)
+    first = epoch == 0
+    return LastTerm(
+        settled=(view.fence.settled or first) and epoch >= epoch_floor, here=held_here == epoch
     )
 
 
@@ -412,8 +434,11 @@ async def release(
     *,
     reason: str,
     handoff_to: str | None = None,
+    settled: bool = False,
 ) -> bool:
     """Give the lease back; true when it is known to be released (or not ours any more).
+
+    `settled`: the shared store has everything that counted in the term.
 
     Bounded by four `attempt_s` and shielded for that long: it is a short last word. When it stays
     unanswered, the others wait for the ttl.
@@ -421,7 +446,12 @@ async def release(
     with trio.move_on_after(4 * timing.attempt_s, shield=True):
         while True:
             write = release_write(
-                held, nonce=make_nonce(rng), at=clocks.wall(), reason=reason, handoff_to=handoff_to
+                held,
+                nonce=make_nonce(rng),
+                at=clocks.wall(),
+                reason=reason,
+                handoff_to=handoff_to,
+                settled=settled,
             )
             attempt = write.lease
             assert attempt is not None

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
+from machine.doubt import ONLY_DISK
 from machine.lease import describe_error
 from machine.limits import Durability, Limits
 from machine.places import Places, last_used_at
@@ -196,6 +197,12 @@ class Ledger:
         """Change plain fields in memory; they are stored with the next commit."""
         self.account = replace(self.account, **fields)
         self._noted.update(fields)
+
+    def doubt_sessions(self, cause: str) -> None:
+        """Have the sessions dropped at the next opening; stored with the next commit, the seal."""
+        if not self.account.sessions_doubtful:
+            self.note(sessions_doubtful=True)
+            self._ports.journal.note("account.doubted", account_id=self.account_id, cause=cause)
 
     # --- writing
 
@@ -615,7 +622,8 @@ class Ledger:
         if not await self._complete_locally():
             raise AccountVanished(f"account {self.account_id}: this disk's copy cannot be read")
         version = Version(self._term.grant.epoch, self.version.revision)
-
+        if self.parts:
+            self.doubt_sessions(ONLY_DISK)
         try:
             self.stamp = await self._ask(
                 lambda: self._ports.accounts.create_account(

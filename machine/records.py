@@ -262,6 +262,8 @@ class Fence:
     reason: str = ""
     changed_by: str = ""
     history: tuple[FenceChange, ...] = ()
+    settled: bool = False
+    """The last holder gave the lease back and left nothing that only its own disk has."""
 
 
 FENCE_HISTORY_MAX = 20

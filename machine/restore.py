@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Protocol, TypeVar
 
 import trio
 
+from machine.doubt import LastTerm, SharedCopy, Source, doubt_sessions
 from machine.lease import describe_error
 from machine.ledger import AccountVanished, Ledger
 from machine.legacy import LegacyImport
-from machine.limits import Limits
+from machine.limits import Durability, Limits
 from machine.places import last_used_at
 from machine.ports import (
     Ports,
@@ -54,15 +54,6 @@ LATE_GATHER_S = 0.2
 SHARED = "the shared store"
 DISK = "this disk"
 OUTBOX = "the outbox"
-
-
-class Source(Enum):
-    """Where an account's bytes are taken from."""
-
-    SHARED = "the shared store"
-    DISK = "this disk"
-    EQUAL = "this disk (same version in the shared store)"
-    NEITHER = "neither copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +140,9 @@ class RestoreTerm(Protocol):
 
     grant: Grant
     sessions: dict[AccountId, Session]
+    durability: Durability
+    last: LastTerm
+    """How the term before this one ended."""
 
     def check(self) -> None: ...
     def make_ledger(
@@ -194,7 +188,7 @@ class Restore:
             raise RestoreImpossible("neither the shared store nor this disk could be read")
         choices = await self._choose(shared, local)
         self._check_epoch(choices)
-        quarantined = await self._bring_to_memory(choices, local)
+        quarantined = await self._bring_to_memory(choices, shared, local)
         self._term.known()
         await self._tell_found(shared, local, choices, quarantined)
         await self._seal_all()
@@ -311,7 +305,7 @@ class Restore:
         missing = [c for c in shared.copies if c.account.account_id not in known]
         choices = await self._choose(replace(shared, copies=tuple(missing)), None)
         self._check_epoch(choices)
-        await self._bring_to_memory(choices, None)
+        await self._bring_to_memory(choices, shared, None)
         self._update(found_shared=len(shared.copies), total=len(self._term.sessions))
         added = [s for account_id, s in self._term.sessions.items() if account_id not in known]
         late = [session for session in added if session.ledger is not None]
@@ -357,9 +351,14 @@ class Restore:
             )
             self._term.check()
 
-    async def _bring_to_memory(self, choices: Sequence[Choice], local: Listing | None) -> int:
+    async def _bring_to_memory(
+        self, choices: Sequence[Choice], shared: Listing | None, local: Listing | None
+    ) -> int:
         """Make a session for every account; how many are quarantined."""
-        saved = {c.account.account_id: c.version for c in (local.copies if local else ())}
+        copies = local.copies if local else ()
+        saved = {copy.account.account_id: copy.version for copy in copies}
+        readable = {copy.account.account_id for copy in copies if copy.fault is None}
+        known = _names_of(shared)
         quarantined = 0
         async for choice in _in_turns(choices):
             copy = choice.copy
@@ -376,7 +375,8 @@ class Restore:
             ledger = self._term.make_ledger(
                 copy, push=choice.push, saved=saved.get(choice.account_id) == copy.version
             )
-            session = self._term.make_session(copy.account, ledger)
+            self._doubt(choice, ledger, known, on_disk=choice.account_id in readable)
+            session = self._term.make_session(ledger.account, ledger)
             if choice.push:
                 self._ports.journal.note(
                     "account.pushed", account_id=choice.account_id, version=str(copy.version)
@@ -384,6 +384,26 @@ class Restore:
             if is_opened(copy.account):
                 session.show(AccountStatus.RESTORING)
         return quarantined
+
+    def _doubt(
+        self, choice: Choice, ledger: Ledger, known: frozenset[AccountId] | None, *, on_disk: bool
+    ) -> None:
+        """Have the sessions dropped of an account whose copy may be older than the wire."""
+        if known is None:
+            shared = SharedCopy.UNKNOWN
+        else:
+            shared = SharedCopy.LISTED if choice.account_id in known else SharedCopy.MISSING
+        cause = doubt_sessions(
+            choice.source,
+            shared=shared,
+            on_disk=on_disk,
+            durability=self._term.durability,
+            last=self._term.last,
+        )
+        if cause is not None and ledger.parts:
+            ledger.doubt_sessions(cause)
+        if ledger.account.sessions_doubtful:
+            self._update(doubted=self.report.doubted + 1)
 
     def _quarantine(self, choice: Choice) -> None:
         assert choice.fault is not None
@@ -691,6 +711,13 @@ class Restore:
             failed=len(self._failures),
             total=report.total,
         )
+
+
+def _names_of(listing: Listing | None) -> frozenset[AccountId] | None:
+    """The accounts that a complete listing has; `None`: it is not known which there are."""
+    if listing is None or not listing.complete:
+        return None
+    return frozenset(copy.account.account_id for copy in listing.copies)
 
 
 async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:

@@ -359,7 +359,7 @@ class Session:
                     self.account_id,
                     keys,
                     doubtful=self.outbox.doubtful_recipients(),
-                    distrust_sessions=self._outbox_unread,
+                    distrust_sessions=keys is not None and self._distrusted,
                 ) as connection:
                     closed = await self._live(connection, opening, slot)
                     return self._connected_once, closed
@@ -407,6 +407,8 @@ class Session:
                         slot.give_back()
                         self._connected(phone, failed)
                         self.connection = connection
+                        if self.account.sessions_doubtful:
+                            nursery.start_soon(self._trust_again, failed)
                         nursery.start_soon(self._deliver, connection, broke)
                     case QrShown(qr, expires_at):
                         opening.deadline = float("inf")
@@ -429,6 +431,24 @@ class Session:
                     case BodyAsked():
                         self.arrivals.give_body(event)
         return ended[0]
+
+    @property
+    def _distrusted(self) -> bool:
+        return self._outbox_unread or self.account.sessions_doubtful
+
+    async def _trust_again(self, failed: Callable[[Exception], None]) -> None:
+        """End the doubt once it is stored that the sessions are gone.
+
+        They were told as dropped before the login. Could that not be stored, the connection is
+        ending, and this with it.
+        """
+        assert self.ledger is not None
+        try:
+            await self.ledger.wait_written()
+        except (AccountVanished, StoreAway) as error:
+            failed(error)
+        await trio.lowlevel.checkpoint()
+        self.ledger.post(fields={"sessions_doubtful": False}, failed=failed)
 
     def _connected(self, phone: str, failed: Callable[[Exception], None]) -> None:
         assert self.ledger is not None

@@ -88,6 +88,9 @@ class Term:
         self.grant = held.grant
         self.sessions: dict[AccountId, Session] = {}
         self.settling = False
+        self.settled = False
+        self.durability = durability
+        self.last = held.last
         self.intake_closed = False
         self.opening = Places(limits.open_concurrency)
         self.reading = Places(limits.read_concurrency)
@@ -102,7 +105,6 @@ class Term:
         self._ports = ports
         self._limits = limits
         self._timing = timing
-        self._durability = durability
         self._restore = Restore(self, ports=ports, limits=limits)
         self._restoring = trio.CancelScope()
         self._known = trio.Event()
@@ -248,7 +250,7 @@ class Term:
             term=self,
             ports=self._ports,
             limits=self._limits,
-            durability=self._durability,
+            durability=self.durability,
             push=push,
             saved=saved,
         )
@@ -309,6 +311,8 @@ class Term:
                 for ledger in ledgers:
                     nursery.start_soon(_flush, ledger)
         unflushed = sum(not ledger.flushed for ledger in ledgers)
+        # An account that was not sealed may carry a doubt that the store has not heard of.
+        self.settled = self.certain and all(ledger.flushed and ledger.sealed for ledger in ledgers)
         if unflushed:
             self._ports.journal.note("drain.unflushed", accounts=unflushed)
         self._ports.journal.note(

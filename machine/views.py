@@ -75,8 +75,8 @@ class RestoreReport:
 
     `restored` counts the accounts that reached an open connection in the first pass, `listed`
     those that are kept but not opened (logged out, banned, stopped), `pairing` those that wait
-    for a phone. `durations` has seconds for each phase, by its
-    name: the shared store, this disk, reconcile, seal, open.
+    for a phone, `doubted` those whose Signal sessions may be old and are begun anew. `durations`
+    has seconds for each phase, by its name: the shared store, this disk, reconcile, seal, open.
     `retries` counts, for each source, the reads that failed before one was answered or it was
     given up; `taken_from`, for each source, the accounts whose copy there was gone on from.
     """
@@ -90,6 +90,7 @@ class RestoreReport:
     restored: int = 0
     listed: int = 0
     pairing: int = 0
+    doubted: int = 0
     failures: tuple[RestoreFailure, ...] = ()
     durations: Mapping[str, float] = field(default_factory=dict)
     retries: Mapping[str, int] = field(default_factory=dict)

@@ -348,6 +348,7 @@ def _fence_values(fence: Fence) -> dict[str, FieldValue]:
         "stepDownOf": fence.step_down_of,
         "reason": fence.reason,
         "changedBy": fence.changed_by,
+        "settled": fence.settled,
         "history": [
             {
                 "at": Moment(change.at),
@@ -374,6 +375,7 @@ def _read_fence(document: Proto) -> Fence:
         step_down_of=fields.integer_or_none("stepDownOf"),
         reason=fields.text("reason"),
         changed_by=fields.text("changedBy"),
+        settled=fields.flag_or_false("settled"),
         history=tuple(
             FenceChange(
                 at=entry.moment("at"),

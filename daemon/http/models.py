@@ -396,6 +396,7 @@ class RestoreShape(_Shape):
     total: int
     restored: int
     listed: int
+    doubted: int
     pairing: int
     failed: int
     failures: list[FailureShape]
@@ -455,6 +456,7 @@ class DashboardAnswer(_Shape):
             "total": 1,
             "restored": 1,
             "listed": 0,
+            "doubted": 0,
             "pairing": 0,
             "failed": 0,
             "failures": [],

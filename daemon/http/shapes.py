@@ -138,6 +138,7 @@ def restore_json(report: RestoreReport | None) -> Json | None:
         "restored": report.restored,
         "listed": report.listed,
         "pairing": report.pairing,
+        "doubted": report.doubted,
         "failed": len(report.failures),
         "failures": [
             {"accountId": failure.account_id, "cause": failure.cause, "advice": failure.advice}

@@ -49,7 +49,8 @@ CREATE TABLE fence (
     step_down_of INTEGER,
     reason TEXT NOT NULL,
     changed_by TEXT NOT NULL,
-    history TEXT NOT NULL
+    history TEXT NOT NULL,
+    settled INTEGER NOT NULL DEFAULT 0
 ) STRICT
 """
 
@@ -104,12 +105,12 @@ def read_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
     """The fence and its stamp, if there is one. Raises `StoreMisconfigured`."""
     row = connection.execute(
         "SELECT epoch, holder, incarnation, address, state, handoff_to, paused, step_down_of,"
-        " reason, changed_by, history, stamp FROM fence"
+        " reason, changed_by, history, settled, stamp FROM fence"
     ).fetchone()
     if row is None:
         return None
     epoch, holder, incarnation, address, state, handoff_to, paused, step_down_of = row[:8]
-    reason, changed_by, history, stamp = row[8:]
+    reason, changed_by, history, settled, stamp = row[8:]
     try:
         known_state = LeaseState(state)
         lines = msgspec.json.decode(history, type=tuple[FenceChange, ...])
@@ -127,6 +128,7 @@ def read_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
         reason,
         changed_by,
         lines,
+        bool(settled),
     )
     return fence, Stamp(stamp)
 
@@ -192,7 +194,7 @@ def _put_lease(connection: sqlite3.Connection, boot: Boot, lease: Lease) -> Stam
 def _put_fence(connection: sqlite3.Connection, fence: Fence) -> Stamp:
     stamp = new_stamp()
     connection.execute(
-        "REPLACE INTO fence VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "REPLACE INTO fence VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             stamp,
             fence.epoch,
@@ -206,6 +208,7 @@ def _put_fence(connection: sqlite3.Connection, fence: Fence) -> Stamp:
             fence.reason,
             fence.changed_by,
             msgspec.json.encode(fence.history).decode(),
+            fence.settled,
         ),
     )
     return stamp

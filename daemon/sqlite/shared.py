@@ -58,6 +58,7 @@ SCHEMA = Schema(
     ),
     upgrades={
         1: f"""
+ALTER TABLE fence ADD COLUMN settled INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE accounts ADD COLUMN banned_until REAL;
 ALTER TABLE accounts ADD COLUMN sessions_doubtful INTEGER NOT NULL DEFAULT 0;
 {inbox_rows.TABLES}

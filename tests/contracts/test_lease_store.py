@@ -126,6 +126,7 @@ async def test_every_field_comes_back_as_it_was_written(world: SharedWorld) -> N
         state=LeaseState.HANDOFF,
         handoff_to="c",
         paused=True,
+        settled=True,
         step_down_of=3,
         reason="maintenance",
         changed_by="operator",

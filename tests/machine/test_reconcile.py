@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from machine.doubt import Source
 from machine.legacy import new_account
 from machine.records import MAIN_PART, AccountCopy, AccountId, Listing, Stamp, Version
-from machine.restore import Choice, Source, reconcile, reconcile_all
+from machine.restore import Choice, reconcile, reconcile_all
 
 ANN = AccountId("ann")
 

@@ -63,6 +63,7 @@ async def test_a_file_of_the_first_format_keeps_its_accounts_and_receives(tmp_pa
         stamp = await create(store, grant)
     for statement in (
         "DROP TABLE inbox",
+        "ALTER TABLE fence DROP COLUMN settled",
         "ALTER TABLE accounts DROP COLUMN banned_until",
         "ALTER TABLE accounts DROP COLUMN sessions_doubtful",
         "PRAGMA user_version = 1",
