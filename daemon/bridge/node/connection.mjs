@@ -37,6 +37,8 @@ export class Connection {
 	#stanzas = new Stanzas()
 	#unacknowledged = new Unacknowledged()
 	#storing = new Set()
+	/** What to call for those who wait for Baileys when the connection ends. */
+	#waiting = new Set()
 	#tellTimer = null
 	#qrCount = 0
 	#pairingEndsAt = 0
@@ -118,10 +120,10 @@ export class Connection {
 				{ text, linkPreview: null },
 				{ messageId }
 			)
-			// An ack is believed when the keys are written too, which is after the stanza was.
 			sent.catch(error => this.#unacknowledged.giveUp(messageId, this.#asCallFailed(error)))
 			await acknowledged
-			await Promise.race([sent, this.#closed.promise])
+			// Baileys writes the keys after the stanza: the ack may come in between.
+			await this.#unlessClosed(sent)
 			await this.#keys.whenRead()
 			this.#checkOpen()
 			reply({ keys: this.#keys.takeChanges() })
@@ -283,6 +285,7 @@ export class Connection {
 	/** The text of a message that its recipient asks for again. */
 	async #body({ id: messageId }) {
 		const asked = this.#ask('body', { connection: this.number, messageId })
+		asked.catch(() => {})
 		let timer
 		const late = new Promise(resolve => (timer = setTimeout(resolve, BODY_MS)))
 		try {
@@ -311,6 +314,7 @@ export class Connection {
 		this.#ending ??= readClose(error)
 		const { code, message } = this.#ending
 		this.#unacknowledged.failAll(new CallFailed('closed', message, { code }))
+		for (const fail of this.#waiting) fail()
 		// Baileys writes its last keys in reaction to the same event.
 		setImmediate(() => void this.#finish())
 	}
@@ -340,14 +344,13 @@ export class Connection {
 	}
 
 	/** Wait for Baileys; when the connection ends meanwhile, that is the answer. */
-	async #unlessClosed(answer) {
-		answer.catch(() => {})
-		try {
-			return await Promise.race([answer, this.#closed.promise.then(() => this.#checkOpen())])
-		} catch (error) {
-			this.#checkOpen()
-			throw error
-		}
+	#unlessClosed(answer) {
+		return new Promise((resolve, reject) => {
+			const fail = error => reject(this.#asCallFailed(error))
+			this.#waiting.add(fail)
+			const done = () => this.#waiting.delete(fail)
+			answer.then(resolve, fail).then(done, done)
+		})
 	}
 
 	#asCallFailed(error) {

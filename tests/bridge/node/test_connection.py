@@ -295,9 +295,11 @@ async def test_server_that_hangs_does_not_hold_a_close_up(
     link = await log_in(node, await pair(node, whatsapp))
     os.kill(whatsapp_process.pid, signal.SIGSTOP)
     try:
-        began = time.monotonic()
-        await link.call("close")
-        assert time.monotonic() - began < 5
+        half_open = await node.open(Account("kiosk"))  # No handshake is answered.
+        for each in (link, half_open):
+            began = time.monotonic()
+            await each.call("close")
+            assert time.monotonic() - began < 5
     finally:
         os.kill(whatsapp_process.pid, signal.SIGCONT)
 
@@ -332,6 +334,21 @@ async def test_keys_that_were_not_stored_end_the_connection(
     with trio.fail_after(SOON_S):
         assert (await link.next("closed"))["code"] == 503
     assert account.keys == stored
+
+
+async def test_store_that_is_slow_for_one_account_holds_no_other_up(
+    node: NodeBridge, whatsapp: FakeWhatsApp
+) -> None:
+    shop = await log_in(node, await pair(node, whatsapp))
+    kiosk = await log_in(node, await pair(node, whatsapp, "kiosk", BERND))
+    shop.holds = lambda ask: True
+    with trio.fail_after(SOON_S):
+        await whatsapp.send(ANNA, SHOP, ["one"])
+        await shop.until(lambda: shop.held != [])
+        await kiosk.send("3EB0A1", ANNA, "two")
+        await whatsapp.send(ANNA, BERND, ["three"])
+        await kiosk.until(lambda: kiosk.account.mail != [])
+    assert shop.account.mail == []
 
 
 @pytest.mark.long
