@@ -1,21 +1,25 @@
 // The parts of the Node side that need no socket; run by test_units.py.
 import assert from 'node:assert/strict'
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { test } from 'node:test'
 import { isDeepStrictEqual } from 'node:util'
 import { createRequire } from 'node:module'
+import { tmpdir } from 'node:os'
+import { basename, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../daemon/bridge/node/line.mjs'
 import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
-import { AccountKeys, keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
+import { AccountKeys, KeysUnusable, keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
 import { isOtherSpelling, readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
 import { readMail } from '../../../daemon/bridge/node/inbound.mjs'
 import { readClose } from '../../../daemon/bridge/node/closing.mjs'
 
 const require = createRequire(new URL('../../../daemon/bridge/node/main.mjs', import.meta.url))
-const { encodeWAMessage, proto } = await import(pathToFileURL(require.resolve('baileys')))
+const { Curve, encodeWAMessage, initAuthCreds, proto, useMultiFileAuthState } = await import(pathToFileURL(require.resolve('baileys')))
 
 const bytes = text => Buffer.from(text)
 const ME = { id: '4915100000001:7@s.whatsapp.net', lid: '2000001:7@lid' }
+const ME_CREDS = { ...ME, name: 'Shop' }
 const ANNA = '491700000001@s.whatsapp.net'
 const GROUP = '120363021033254949@g.us'
 
@@ -285,4 +289,79 @@ test('a number that WhatsApp spells otherwise is told from one that it spells th
 	assert.ok(isOtherSpelling('553196348800@s.whatsapp.net', '5531996348800'))
 	assert.ok(!isOtherSpelling('5531996348800@s.whatsapp.net', '5531996348800'))
 	assert.ok(!isOtherSpelling('2000001@lid', '5531996348800'))
+})
+
+const SAMPLES = {
+	'pre-key': { 17: Curve.generateKeyPair() },
+	session: { '2000001_1.0': { _sessions: { 'a/b+c=': { indexInfo: { used: 1 } } }, version: 'v1' } },
+	'sender-key': { '1@g.us::2000001_1::0': Buffer.from('[{"senderKeyId": 1}]') },
+	'sender-key-memory': { '1@g.us': { '2000001:3@lid': true } },
+	'identity-key': { '2000001_1.0': Curve.generateKeyPair().public },
+	'lid-mapping': { 491700000001: '2000001', '2000001_reverse': '491700000001' },
+	'device-list': { 491700000001: ['0', '3'] },
+	tctoken: { '2000001@lid': { token: Buffer.from('token'), timestamp: '1700000000' } },
+	'app-state-sync-key': {
+		'AAAA/+b=': proto.Message.AppStateSyncKeyData.fromObject({
+			keyData: Buffer.alloc(32, 1),
+			fingerprint: { rawId: 1, currentIndex: 0, deviceIndexes: [0, 1] },
+			timestamp: 1_700_000_000
+		})
+	},
+	'app-state-sync-version': { regular: { version: 3, hash: Buffer.alloc(128), indexValueMap: {} } }
+}
+
+test('what Baileys wrote into files is read as Baileys reads it, and written as it writes', async () => {
+	const folder = mkdtempSync(join(tmpdir(), 'keys-'))
+	try {
+		const { state, saveCreds } = await useMultiFileAuthState(folder)
+		Object.assign(state.creds, { me: ME_CREDS, account: { details: Buffer.from('x') } })
+		await saveCreds()
+		await state.keys.set(SAMPLES)
+		const file = name => readFileSync(join(folder, `${name}.json`), 'utf8')
+		const names = readdirSync(folder).map(each => basename(each, '.json'))
+		const values = Object.fromEntries(names.map(name => [name, file(name)]))
+
+		const loaded = AccountKeys.load(values)
+		assert.ok(isDeepStrictEqual(loaded.creds, (await useMultiFileAuthState(folder)).state.creds))
+		const store = loaded.signalStore(silent)
+		for (const [type, each] of Object.entries(SAMPLES)) {
+			const theirs = await state.keys.get(type, Object.keys(each))
+			assert.ok(isDeepStrictEqual(await store.get(type, Object.keys(each)), theirs), type)
+		}
+		await store.set(SAMPLES)
+		const changes = loaded.takeChanges()
+		assert.deepEqual(Object.keys(changes).sort(), names.filter(name => name !== 'creds').sort())
+		for (const [name, text] of Object.entries(changes)) assert.equal(text, file(name), name)
+	} finally {
+		rmSync(folder, { recursive: true })
+	}
+})
+
+test('credentials of no paired account are unusable, and nothing of them is said', () => {
+	const creds = initAuthCreds()
+	const text = JSON.stringify(creds, (_, value) => value)
+	for (const values of [{}, { creds: '{' }, { creds: '[]' }, { creds: text }]) {
+		assert.throws(
+			() => AccountKeys.load(values),
+			error => error instanceof KeysUnusable && !error.message.includes(creds.advSecretKey)
+		)
+	}
+})
+
+test('doubt drops the sessions with a number and its LID, and with our own devices, no others', () => {
+	const kept = ['session-491700000002.0', 'session-3000002_1.0', 'pre-key-1', 'lid-mapping-491700000001']
+	const dropped = ['session-491700000001.0', 'session-491700000001.3', 'session-3000001_1.0']
+	const own = ['session-4915100000001.0', 'session-2000001_1.0']
+	const values = Object.fromEntries([...kept, ...dropped, ...own].map(name => [name, '{}']))
+	values['lid-mapping-491700000001'] = '"3000001"'
+	const changesOf = phones => {
+		const keys = new AccountKeys({ me: ME_CREDS }, new Map(Object.entries(values)))
+		keys.dropSessionsWith(phones)
+		return Object.entries(keys.takeChanges()).map(([name, text]) => `${name}: ${text}`)
+	}
+	assert.deepEqual(changesOf([]), [])
+	assert.deepEqual(
+		changesOf(['491700000001']).sort(),
+		[...dropped, ...own].map(name => `${name}: null`).sort()
+	)
 })
