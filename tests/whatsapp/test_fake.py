@@ -222,6 +222,39 @@ async def test_message_that_a_client_cannot_read_is_sent_again(
     assert (again["id"], again["text"]) == (message_id, "three")
 
 
+async def test_lazy_phone_confirms_at_once_and_reads_when_asked(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await pair(clients, whatsapp, "shop", SHOP)
+    await whatsapp.settings(decrypt="lazy")
+    for number in range(3):
+        await send(clients, "shop", ANNA, f"number {number}", f"3EB0A{number}")
+    with trio.fail_after(SOON_S):
+        for _ in range(3):
+            assert (await clients.next("shop", "update"))["status"] == 3
+    assert "read" not in await whatsapp.counts()
+    assert (await whatsapp.inbox(ANNA)).texts == ["number 0", "number 1", "number 2"]
+    assert (await whatsapp.counts())["read"] == 3
+
+
+async def test_without_lids_a_ratchet_that_was_rolled_back_is_seen(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await pair(clients, whatsapp, "shop", SHOP)
+    await get_acquainted(clients, whatsapp)
+    await clients.tell("copy", "shop", **{"as": "older"})
+    await send(clients, "shop", ANNA, "newer", "3EB0A1")
+    await clients.tell("close", "shop")
+    await closed(clients, "shop")
+    await clients.tell("becomes", "shop", **{"as": "older"})
+    await whatsapp.settings(lids=False)
+    await log_in(clients, "shop")
+    await send(clients, "shop", ANNA, "with a key that was used", "3EB0A2")
+    with trio.fail_after(SOON_S):
+        await whatsapp.wait_for("unreadable")
+        await whatsapp.settings(lids=True)
+
+
 # --- acks ------------------------------------------------------------------------------------
 
 
@@ -482,6 +515,29 @@ async def test_without_the_caching_key_store_messages_are_lost(
         # The fake sees it when it happens: what the test above asserts is worth something.
         while not (await whatsapp.counts()).get("unreadable"):
             await trio.sleep(0.05)
+
+
+async def test_told_count_of_one_time_keys_decides_what_a_client_uploads(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await whatsapp.change(SHOP, preKeyCount=3)
+    await pair(clients, whatsapp, "shop", SHOP)
+    assert (await whatsapp.person(SHOP)).devices[0].pre_keys == 5
+    await whatsapp.cut(SHOP)
+    await closed(clients, "shop")
+    await log_in(clients, "shop")
+    assert (await whatsapp.person(SHOP)).devices[0].pre_keys == 10
+
+
+async def test_latency_is_added_to_every_answer(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await pair(clients, whatsapp, "shop", SHOP)
+    await get_acquainted(clients, whatsapp)
+    await whatsapp.settings(latencyMs=200)
+    start = trio.current_time()
+    await send(clients, "shop", ANNA, "hello", "3EB0A1")
+    assert trio.current_time() - start > 0.2
 
 
 @pytest.mark.long
