@@ -7,7 +7,7 @@ import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { wa } from './fake/baileys.mjs'
 
-const { BufferJSON, initAuthCreds, makeCacheableSignalKeyStore, makeWASocket } = wa
+const { BufferJSON, Curve, initAuthCreds, makeCacheableSignalKeyStore, makeWASocket } = wa
 
 // libsignal prints session records on the console, and stdout is for our lines.
 for (const level of ['log', 'info', 'warn', 'error', 'debug', 'trace']) console[level] = () => {}
@@ -100,6 +100,10 @@ const commands = {
 	/** A second client with the same credentials: what a split brain is. */
 	copy({ creds, values }, _, __, other) {
 		Object.assign(other, { creds: thawed(frozen(creds)), values: new Map(values) })
+	},
+	/** As one who knows all but the key that the device connects with. */
+	rekey({ creds }) {
+		creds.noiseKey = Curve.generateKeyPair()
 	},
 	/** Back to what was copied: an older state of the keys. */
 	becomes(state, _, __, { creds, values }) {

@@ -239,8 +239,8 @@ class FakeWhatsApp:
         """Let messages, acks and receipts go that were held, or lose them; how many of each."""
         return dict(await self._post(number, "release", drop=drop))
 
-    async def settings(self, **settings: bool | int | str) -> None:
-        """Set `decrypt`, `preKeys`, `lids`, `latencyMs`, `outage`: README.md."""
+    async def settings(self, **settings: bool | int | str | None) -> None:
+        """Set `decrypt`, `preKeys`, `lids`, `qrTtlMs`, `latencyMs`, `outage`: README.md."""
         await self._call("POST", "/settings", settings)
 
     async def reset(self) -> None:

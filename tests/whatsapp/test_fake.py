@@ -112,6 +112,18 @@ async def test_unused_qr_codes_end_the_pairing(
             await whatsapp.scan(SHOP, qr)
 
 
+async def test_code_that_was_shown_too_long_has_expired(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await whatsapp.settings(qrTtlMs=100)
+    with trio.fail_after(SOON_S):
+        await clients.open("shop")
+        qr = (await clients.next("shop", "qr"))["qr"]
+        await trio.sleep(0.2)
+        with pytest.raises(Refused, match="expired"):
+            await whatsapp.scan(SHOP, qr)
+
+
 async def test_a_phone_links_four_devices_and_no_fifth(
     clients: BaileysClients, whatsapp: FakeWhatsApp
 ) -> None:
@@ -145,6 +157,19 @@ async def test_contact_reads_what_was_sent(
         await whatsapp.send(ANNA, SHOP, [text])
         answer = await received(clients, "shop")
     assert (answer["type"], answer["text"]) == ("notify", text)
+
+
+async def test_message_sent_again_under_its_id_is_shown_once_and_counted(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await pair(clients, whatsapp, "shop", SHOP)
+    for _ in range(2):
+        await send(clients, "shop", ANNA, "hello", "3EB0A1")
+    await send(clients, "shop", ANNA, "bye", "3EB0A2")
+    with trio.fail_after(SOON_S):
+        inbox = await whatsapp.wait_inbox(ANNA, 2)
+    assert [(each.text, each.times) for each in inbox.shown] == [("hello", 2), ("bye", 1)]
+    assert (inbox.duplicates, len(inbox.arrivals)) == (["3EB0A1"], 3)
 
 
 async def test_receipts_come_as_delivered_and_read(
@@ -270,17 +295,22 @@ async def test_refused_message_is_not_delivered(
         assert (await whatsapp.wait_inbox(ANNA, 1)).texts == ["yes"]
 
 
+@pytest.mark.parametrize("deliver", [True, False])
 async def test_withheld_ack_comes_when_it_is_released(
-    clients: BaileysClients, whatsapp: FakeWhatsApp
+    clients: BaileysClients, whatsapp: FakeWhatsApp, *, deliver: bool
 ) -> None:
     await pair(clients, whatsapp, "shop", SHOP)
-    await whatsapp.acks(SHOP, "withhold", times=1)
+    await whatsapp.acks(SHOP, "withhold", times=1, deliver=deliver)
     with trio.fail_after(SOON_S):
         await clients.tell("send", "shop", to=ANNA, text="hello", id="3EB0A1")
-        await whatsapp.wait_inbox(ANNA, 1)
+        await whatsapp.wait_for("message")
         assert clients.seen("shop", "ack") == []
         assert (await whatsapp.release(SHOP))["acks"] == 1
         assert (await clients.next("shop", "ack"))["id"] == "3EB0A1"
+        if deliver:
+            await whatsapp.wait_inbox(ANNA, 1)
+        else:
+            assert (await whatsapp.inbox(ANNA)).arrivals == ()
 
 
 async def test_delayed_ack_comes_later(clients: BaileysClients, whatsapp: FakeWhatsApp) -> None:
@@ -344,14 +374,20 @@ async def test_what_came_meanwhile_arrives_at_the_next_login(
     assert {each.receipts for each in await whatsapp.sent(ANNA)} == {("inactive",)}
 
 
-async def test_message_without_a_receipt_is_delivered_again_at_the_next_login(
+async def test_what_is_lost_in_silence_is_delivered_again_at_the_next_login(
     clients: BaileysClients, whatsapp: FakeWhatsApp
 ) -> None:
     await pair(clients, whatsapp, "shop", SHOP)
+    await get_acquainted(clients, whatsapp)
     await whatsapp.silence(SHOP, on=True)
     await whatsapp.send(ANNA, SHOP, ["into the void"])
+    await clients.tell("send", "shop", to=ANNA, text="out of the void", id="3EB0A1")
+    with trio.fail_after(SOON_S):
+        await clients.next("shop", "sent", lambda each: each["id"] == "3EB0A1")
     await whatsapp.cut(SHOP)
     await closed(clients, "shop")
+    assert clients.seen("shop", "message") == []
+    assert "out of the void" not in (await whatsapp.inbox(ANNA)).texts
     await whatsapp.silence(SHOP, on=False)
     await log_in(clients, "shop")
     assert (await received(clients, "shop"))["text"] == "into the void"
@@ -414,6 +450,18 @@ async def test_unlinked_device_is_told_and_refused_from_then_on(
     await clients.open("shop")
     ended = await closed(clients, "shop")
     assert (ended["code"], ended["attrs"]["reason"]) == (401, "401")
+
+
+async def test_login_with_other_keys_than_the_devices_is_refused(
+    clients: BaileysClients, whatsapp: FakeWhatsApp
+) -> None:
+    await pair(clients, whatsapp, "shop", SHOP)
+    await clients.tell("copy", "shop", **{"as": "thief"})
+    await clients.tell("rekey", "thief")
+    await clients.open("thief")
+    assert (await closed(clients, "thief"))["code"] == 401
+    (device,) = (await whatsapp.person(SHOP)).devices
+    assert (device.connected, device.logins, device.conflicts) == (True, 1, 0)
 
 
 async def test_client_that_logs_out_is_no_device_any_more(

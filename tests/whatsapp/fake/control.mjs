@@ -55,6 +55,7 @@ const ROUTES = {
 			decrypt: oneOf('eager', 'lazy'),
 			preKeys: oneOf('few', 'real'),
 			lids: isA('boolean'),
+			qrTtlMs: orNull(count),
 			latencyMs: count,
 			outage: oneOf('none', 'reset', '503')
 		},

@@ -18,10 +18,11 @@ const DEVICE_SIGNATURE = Buffer.from([6, 1])
 /** A new device: offer it codes to show to a phone. */
 export function beginRegistration(connection, staticKey, { devicePairingData }) {
 	const { eIdent, eRegid, eSkeyId, eSkeyVal, eSkeySig } = devicePairingData
+	const { qrTtlMs } = connection.world.settings
 	const start = Date.now()
 	const refs = Array.from({ length: REFS }, (_, index) => ({
 		text: randomBytes(24).toString('base64url'),
-		expiresAt: start + (FIRST_REF_S + index * LATER_REF_S) * 1000
+		expiresAt: start + (qrTtlMs ?? (FIRST_REF_S + index * LATER_REF_S) * 1000)
 	}))
 	connection.registration = {
 		refs,

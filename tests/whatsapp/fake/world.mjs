@@ -13,6 +13,8 @@ const SETTINGS = {
 	preKeys: 'few',
 	/** Whether numbers have LIDs. Without, a known session is used again however old it is. */
 	lids: true,
+	/** How long each QR code may be scanned; null: 60 s the first one, each later one 20 s more. */
+	qrTtlMs: null,
 	/** Before each frame to a client. */
 	latencyMs: 0,
 	/** 'none', or new connections are refused: 'reset' by TCP, '503' by HTTP. */
