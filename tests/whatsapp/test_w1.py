@@ -35,9 +35,13 @@ async def test_an_account_is_paired_sends_and_is_answered(
             assert [each.message_id for each in inbox.shown] == [sent.json()["messageId"]]
             assert inbox.unreadable == ()
 
-            # The contact hears that its answer arrived only when the store has it.
+            # The contact hears that its answer arrived only when the store has it, so it is there.
             (answer,) = await whatsapp.send(CONTACT, PHONE, ["Antwort: žluťoučký kůň"])
             await wait_receipt(whatsapp, answer)
+            path = "/api/whatsapp/messages?accountId=anna&direction=in"
+            (mail,) = (await cluster.json(node, "GET", path))["messages"]
+            assert (mail["messageId"], mail["from"], mail["chat"]) == (answer, CONTACT, CONTACT)
+            assert mail["text"] == "Antwort: žluťoučký kůň"
 
             # Redeployed, the same device goes on: nobody scans again, both ways stay readable.
             assert await node.stop() == 0
@@ -48,6 +52,8 @@ async def test_an_account_is_paired_sends_and_is_answered(
             inbox = await whatsapp.wait_inbox(CONTACT, 2)
             assert (inbox.texts[1], inbox.unreadable, inbox.duplicates) == ("zurück", (), [])
             await wait_receipt(whatsapp, *await whatsapp.send(CONTACT, PHONE, ["noch da?"]))
+            received = (await cluster.json(node, "GET", path))["messages"]
+            assert [each["text"] for each in received] == ["Antwort: žluťoučký kůň", "noch da?"]
         counts = await whatsapp.counts()
         assert (counts.get("paired"), counts.get("conflict", 0)) == (1, 0)
         assert "bridge.ended" not in node.log()
