@@ -9,7 +9,8 @@ Never lives here: what a connection does (`connection`), what a process says (`p
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import trio
 
 from daemon.bridge.connection import BridgeConnection
 from daemon.bridge.process import BridgeFailed, BridgeProcess, ProcessPlan
+from daemon.bridge.suspects import Suspects
 from machine.ports import (
     Bridge,
     Clocks,
@@ -36,6 +38,10 @@ RESTART_BACKOFF = Backoff(first_s=0.5, factor=2.0, cap_s=10.0, jitter=0.5)
 """Before a process is started in the place of one that died: by how many did of late."""
 SPARE_BACKOFF = Backoff(first_s=1.0, factor=2.0, cap_s=60.0, jitter=0.5)
 """Between tries to have a spare process."""
+ALONE_BACKOFF = Backoff(first_s=1.0, factor=2.0, cap_s=20.0, jitter=0.5)
+"""Before an account whose processes die gets its next one: each start takes a processor's time."""
+PROCESSES_MAX = 100
+"""Processes of one bridge, far above what there is memory for; then accounts wait for room."""
 GONE_S = 6.0
 """How long a bridge's end waits for its killed processes. Each is given up after a second less."""
 
@@ -204,19 +210,23 @@ class BaileysConnector:
 class BaileysBridge:
     """The processes of one term.
 
-    Between calls: an account is in at most one process, no process has more than `accounts_max`;
-    once `_down` is set nothing is opened any more.
+    Between calls: an account is in at most one process, no process has more than `accounts_max`,
+    and accounts of different levels (`suspects`) share none; once `_down` is set nothing is opened
+    any more.
     """
 
     def __init__(self, connector: BaileysConnector, nursery: trio.Nursery) -> None:
         self._connector = connector
         self._nursery = nursery
         self._limits = connector.limits
-        self._processes: list[BridgeProcess] = []
+        # Each process with its level, and the account that has it to itself for being suspected.
+        self._processes: dict[BridgeProcess, int] = {}
+        self._alone: dict[BridgeProcess, AccountId] = {}
+        self._suspects = Suspects(self._limits.accounts_max)
         self._starting = 0
-        self._waiting = 0
+        self._waiting: Counter[int] = Counter()
         self._changed = trio.Event()
-        self._deaths: deque[float] = deque(maxlen=self._limits.deaths_max + 1)
+        self._deaths: deque[tuple[float, AccountId | None]] = deque()
         self._down: str | None = None
 
     # --- its life
@@ -250,33 +260,40 @@ class BaileysBridge:
 
     # --- processes
 
-    async def _wait_room(self) -> BridgeProcess:
+    async def _wait_room(self, level: int = 0) -> BridgeProcess:
         """The process with the fewest accounts, once one has room. Raises `ConnectorDown`."""
-        self._waiting += 1
+        self._waiting[level] += 1
         try:
             while True:
                 if self._down is not None:
                     raise ConnectorDown(self._down)
-                process = self._roomiest()
+                process = self._roomiest(level)
                 if process is not None:
+                    self._processes[process] = level
                     return process
                 self._start_if_needed()
                 await self._changed.wait()
         finally:
-            self._waiting -= 1
+            self._waiting[level] -= 1
 
-    def _roomiest(self) -> BridgeProcess | None:
-        alive = [process for process in self._processes if process.alive]
-        process = min(alive, key=lambda one: len(one.connections), default=None)
-        if process is None or len(process.connections) >= self._limits.accounts_max:
+    def _roomiest(self, level: int) -> BridgeProcess | None:
+        suitable = [
+            process
+            for process, its_level in self._processes.items()
+            if process.alive and (its_level == level or not process.connections)
+        ]
+        process = min(suitable, key=lambda one: len(one.connections), default=None)
+        if process is None or len(process.connections) >= self._suspects.cap(level):
             return None
         return process
 
     def _start_if_needed(self) -> None:
         """Start another process, if those that are coming will not have room for all who wait."""
-        if self._starting < STARTING_MAX and self._starting * self._limits.accounts_max < (
-            self._waiting
-        ):
+        needed = sum(
+            math.ceil(count / self._suspects.cap(level)) for level, count in self._waiting.items()
+        )
+        room = len(self._processes) + self._starting < PROCESSES_MAX
+        if self._starting < min(needed, STARTING_MAX) and room:
             self._starting += 1
             self._nursery.start_soon(self._start_one)
 
@@ -289,7 +306,7 @@ class BaileysBridge:
         except BridgeFailed as failed:
             self._count_death(str(failed))
         else:
-            self._processes.append(process)
+            self._processes[process] = 0
             self._nursery.start_soon(self._watch, process)
         finally:
             self._starting -= 1
@@ -297,16 +314,20 @@ class BaileysBridge:
 
     async def _watch(self, process: BridgeProcess) -> None:
         await process.wait_ended()
-        self._processes.remove(process)
-        self._count_death(process.reason or "")
+        del self._processes[process]
+        self._count_death(process.reason or "", self._alone.pop(process, None))
         self._stir()
 
     def _recent_deaths(self) -> int:
+        """Deaths of late. Those of one suspect's own processes are one: they harm nobody else."""
         since = trio.current_time() - self._limits.deaths_within_s
-        return sum(at > since for at in self._deaths)
+        while self._deaths and self._deaths[0][0] <= since:
+            self._deaths.popleft()
+        whose = [account_id for _, account_id in self._deaths]
+        return whose.count(None) + len(set(whose) - {None})
 
-    def _count_death(self, reason: str) -> None:
-        self._deaths.append(trio.current_time())
+    def _count_death(self, reason: str, account_id: AccountId | None = None) -> None:
+        self._deaths.append((trio.current_time(), account_id))
         deaths = self._recent_deaths()
         if deaths > self._limits.deaths_max and self._down is None:
             within_s = self._limits.deaths_within_s
@@ -340,7 +361,7 @@ class BaileysBridge:
         doubtful: Collection[str],
         distrust_sessions: bool,
     ) -> AsyncIterator[Connection]:
-        process = await self._wait_room()
+        process = await self._take_place(account_id)
         number = process.next_connection()
         connection = BridgeConnection(
             number, account_id, process, self._connector.journal, self._connector.clocks
@@ -353,7 +374,32 @@ class BaileysBridge:
         finally:
             await connection.close(process.plan.close_s)
             del process.connections[number]
-            self._stir()
+            self._left(process, account_id)
+
+    async def _take_place(self, account_id: AccountId) -> BridgeProcess:
+        """A process for this account: with others, or its own if it is suspected.
+
+        Whoever asks attaches the account before his next await. Raises `ConnectorDown`.
+        """
+        level = self._suspects.level(account_id)
+        alone = level == self._suspects.level_max
+        if alone:
+            tries = self._suspects.blames(account_id) - level + 1
+            await trio.sleep(ALONE_BACKOFF.wait_s(tries, self._connector.rng))
+        process = await self._wait_room(level)
+        if alone:
+            self._alone[process] = account_id
+        return process
+
+    def _left(self, process: BridgeProcess, account_id: AccountId) -> None:
+        """An account is not in this process any more: it was closed, or the process died."""
+        if process.alive:
+            self._alone.pop(process, None)
+        elif not process.stopped:
+            self._suspects.blame(account_id)
+            if self._suspects.is_convicted(account_id):
+                self._connector.journal.note("bridge.account_isolated", account_id=account_id)
+        self._stir()
 
 
 @asynccontextmanager

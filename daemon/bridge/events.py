@@ -57,6 +57,11 @@ BRIDGE_EVENTS: dict[str, EventKind] = {
         "{deaths} bridge processes died within {within_s} s, the last: {reason}; this instance "
         "lets another try; WATCHKEEPER_BRIDGE_DEATHS_MAX is how many may",
     ),
+    "bridge.account_isolated": EventKind(
+        Level.ERROR,
+        "account {account_id} was in each of several bridge processes that died, the last time "
+        "alone, where it takes no other along; report what bridge.printed and bridge.ended say",
+    ),
     "bridge.node_old": EventKind(
         Level.WARNING,
         "Node {node} takes several times the processor time of Node {better} with many accounts "

@@ -80,6 +80,9 @@ def open_connection(call: dict[str, object]) -> None:
         return
     write({"reply": call["id"], "ok": {}})
     phones[number] = account
+    if account == "poison":
+        write({"event": "connected", "connection": number, "phone": "4915100000"})
+        os._exit(1)
     if keys is None:
         write({"event": "qr", "connection": number, "qr": f"qr-{account}", "expiresAt": 2e9})
         return

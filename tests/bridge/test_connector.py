@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from contextlib import AsyncExitStack
 
 import pytest
@@ -12,6 +13,7 @@ import trio
 from daemon.bridge.connector import BaileysConnector, BridgeLimits
 from machine.ports import (
     AuthUnreadable,
+    Bridge,
     Connected,
     Connection,
     ConnectionClosed,
@@ -278,6 +280,42 @@ async def test_a_program_that_never_starts_is_a_connector_that_is_down() -> None
             with pytest.raises(ConnectorDown, match="exit code 9"):
                 async with made.open_bridge():
                     raise AssertionError
+
+
+@pytest.mark.long
+async def test_an_account_that_kills_its_processes_ends_up_alone_and_the_others_stay() -> None:
+    limits = BridgeLimits(accounts_max=8)
+    names = [*accounts(7), AccountId("poison")]
+    closes: Counter[AccountId] = Counter()
+
+    async def keep_open(bridge: Bridge, account_id: AccountId) -> None:
+        while True:
+            try:
+                async with bridge.open_connection(account_id, KEYS) as connection:
+                    while True:
+                        await connection.next_event()
+            except ConnectionClosed:
+                closes[account_id] += 1
+            await trio.sleep(0.05)
+
+    with trio.fail_after(3 * WITHIN_S):
+        async with (
+            connector(limits=limits) as (made, journal),
+            made.open_bridge() as bridge,
+            trio.open_nursery() as nursery,
+        ):
+            for account_id in names:
+                nursery.start_soon(keep_open, bridge, account_id)
+            await journal.wait_for("bridge.account_isolated")
+            before = Counter(closes)
+            await journal.wait_for("bridge.ended", len(journal.of("bridge.ended")) + 2)
+            nursery.cancel_scope.cancel()
+    isolated = [fields["account_id"] for fields in journal.of("bridge.account_isolated")]
+    assert isolated == ["poison"]
+    assert "bridge.down" not in journal.names()
+    # Three deaths: among eight, among two, alone. From then on nobody else is touched.
+    assert max(before[account_id] for account_id in accounts(7)) <= 2
+    assert all(closes[each] == before[each] for each in accounts(7))
 
 
 # --- the end ---------------------------------------------------------------------------------
