@@ -117,10 +117,15 @@ def state_machine_page() -> str:
     return "\n".join(lines) + "\n" + render(Format.MD).decode()
 
 
-def events_page() -> str:
-    """Every event, from the tables of the machine, the daemon's parts and the warden."""
+def every_event() -> dict[str, EventKind]:
+    """Collect the tables of the machine, the daemon's parts and the warden."""
     # The warden's is plain: it imports nothing.
     warden = {name: EventKind(Level(level), text) for name, (level, text) in WARDEN_EVENTS.items()}
+    return {**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS, **warden}
+
+
+def events_page() -> str:
+    """Every event, in one table."""
     lines = [
         MADE_FROM.format(source="the events of `machine` and `daemon`"),
         "# Events",
@@ -136,7 +141,7 @@ def events_page() -> str:
     ]
     lines += [
         f"| `{name}` | {kind.level.value} | {_cell(kind.text)} |"
-        for name, kind in {**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS, **warden}.items()
+        for name, kind in every_event().items()
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from daemon.generate_docs import every_event
 from daemon.http.errors import STATUS_OF, ErrorCode
-from daemon.http.events import HTTP_EVENTS
-from daemon.main import DAEMON_EVENTS
-from machine.events import EVENTS
 from machine.ports import Level
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-ALL_EVENTS = {**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS}
+ALL_EVENTS = every_event()
 
 
 def _row_names() -> set[str]:
