@@ -52,6 +52,7 @@ from machine.refusals import (
     NotAwaitingScan,
     StoreAway,
 )
+from machine.restore import fault_of
 from machine.retry import TryTimedOut
 from machine.session import Session
 from machine.views import AccountView, PairingCode, QrCode
@@ -311,8 +312,8 @@ class Desk:
         """
         copy = await self._term.ask_store(lambda: self._ports.accounts.fetch_account(account_id))
         fault = "it is not in the shared store" if copy is None else copy.fault
-        if copy is not None and fault is None and keys and copy.parts:
-            fault = self._ports.codec.check(account_id, copy.parts)
+        if copy is not None and keys:
+            fault = fault_of(copy, self._ports.codec)
         if copy is None or fault is not None:
             raise AccountQuarantined(f"account {account_id} still cannot be read: {fault}")
         fresh = self._term.make_session(copy.account, self._term.make_ledger(copy))

@@ -29,6 +29,10 @@ the credentials and the list of the others."""
 
 MAIN_PART = PartName("main")
 
+COUNT_MAX = 2**53
+"""Of an epoch or a revision that a store may be believed. Nobody counts that far in a century, and
+one more than a store's largest number would end whoever writes it."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Version:
@@ -39,6 +43,11 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.epoch}.{self.revision}"
+
+    @property
+    def plausible(self) -> bool:
+        """Whether an instance can have counted that far. A store says no: it is damage."""
+        return 0 <= self.epoch <= COUNT_MAX and 0 <= self.revision <= COUNT_MAX
 
 
 class AccountStatus(StrEnum):
@@ -231,6 +240,16 @@ class Lease:
     ttl_s: float
     state: LeaseState
 
+    @property
+    def plausible(self) -> bool:
+        """Whether an instance can have written it. A held one without a ttl would seem free."""
+        held = self.state is not LeaseState.RELEASED
+        return (
+            0 <= self.epoch <= COUNT_MAX
+            and 0 <= self.ttl_s < TTL_S_MAX
+            and not (held and self.ttl_s == 0)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class FenceChange:
@@ -267,6 +286,9 @@ class Fence:
 
 
 FENCE_HISTORY_MAX = 20
+
+TTL_S_MAX = 86_400.0
+"""Of a lease that a store may be believed: a day, far above what can be set."""
 
 
 @dataclass(frozen=True, slots=True)

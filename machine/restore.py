@@ -23,6 +23,7 @@ from machine.legacy import LegacyImport
 from machine.limits import Durability, Limits
 from machine.places import last_used_at
 from machine.ports import (
+    AuthCodec,
     Ports,
     StoreUnavailable,
 )
@@ -71,6 +72,16 @@ class Choice:
     push: bool = False
     fault: str | None = None
     removed: bool = False
+
+
+def fault_of(copy: AccountCopy, codec: AuthCodec) -> str | None:
+    """What keeps an account from being opened with this copy's credentials, or `None`."""
+    if copy.fault is None and copy.parts:
+        return codec.check(copy.account.account_id, copy.parts)
+    if copy.fault is None and copy.account.status is AccountStatus.CONNECTED:
+        # Opened without keys it would be paired anew, and its keys may still be somewhere.
+        return "it was connected, and this copy has no credentials"
+    return copy.fault
 
 
 def reconcile(shared: AccountCopy | None, local: AccountCopy | None) -> Choice:
@@ -330,11 +341,8 @@ class Restore:
         codec = self._ports.codec
         copies: list[AccountCopy] = []
         async for copy in _in_turns(listing.copies):
-            if copy.fault is None and not copy.removed and copy.parts:
-                fault = codec.check(copy.account.account_id, copy.parts)
-                copies.append(copy if fault is None else replace(copy, fault=fault))
-            else:
-                copies.append(copy)
+            fault = None if copy.removed else fault_of(copy, codec)
+            copies.append(copy if fault is None else replace(copy, fault=fault))
         return replace(listing, copies=tuple(copies))
 
     def _check_epoch(self, choices: Sequence[Choice]) -> None:

@@ -194,6 +194,8 @@ def read_account(document: Proto) -> AccountCopy:
             sessions_doubtful=fields.flag_or_false("sessionsDoubtful"),
         )
         version = Version(fields.integer("epoch"), fields.integer("revision"))
+        if not version.plausible:
+            raise MalformedDocument(f"version {version} is none that was ever counted to")
         commit_id = fields.text("commitId")
         packed = fields.blob_or_none("packed")
         others = fields.keys_or_none("parts")
@@ -337,6 +339,7 @@ def _faulty_copy(account_id: AccountId, fields: Fields, document: Proto, fault: 
         value = fields.raw(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
+    version = Version(number("epoch"), number("revision"))
     name, phone = fields.raw("name"), fields.raw("phone")
     packed, commit_id = fields.raw("packed"), fields.raw("commitId")
     return AccountCopy(
@@ -349,7 +352,7 @@ def _faulty_copy(account_id: AccountId, fields: Fields, document: Proto, fault: 
             since=moment("since"),
             phone=phone if isinstance(phone, str) else None,
         ),
-        version=Version(number("epoch"), number("revision")),
+        version=version if version.plausible else Version(0, 0),
         parts={MAIN_PART: packed} if isinstance(packed, bytes) else {},
         complete=False,
         stamp=stamp_of(document),

@@ -37,6 +37,7 @@ from machine.ports import (
     StoreUnavailable,
 )
 from machine.records import (
+    COUNT_MAX,
     FENCE_HISTORY_MAX,
     Fence,
     FenceChange,
@@ -320,7 +321,7 @@ def _lease_values(lease: Lease) -> dict[str, FieldValue]:
 
 def _read_lease(document: Proto) -> Lease:
     fields = Fields(document)
-    return Lease(
+    lease = Lease(
         holder=fields.text("holder"),
         incarnation=fields.text("incarnation"),
         epoch=fields.integer("epoch"),
@@ -328,6 +329,9 @@ def _read_lease(document: Proto) -> Lease:
         ttl_s=fields.integer("ttlMs") / 1000,
         state=_state(fields.text("state")),
     )
+    if not lease.plausible:
+        raise MalformedDocument("the lease's 'epoch' or 'ttlMs' is none that was ever written")
+    return lease
 
 
 def _heartbeat(document: Proto, read_time: Proto) -> Heartbeat:
@@ -364,6 +368,8 @@ def _fence_values(fence: Fence) -> dict[str, FieldValue]:
 
 def _read_fence(document: Proto) -> Fence:
     fields = Fields(document)
+    if not 0 <= fields.integer("epoch") <= COUNT_MAX:
+        raise MalformedDocument("the fence's 'epoch' is none that was ever counted to")
     return Fence(
         epoch=fields.integer("epoch"),
         holder=fields.text("holder"),

@@ -109,7 +109,8 @@ def _read_each(connection: sqlite3.Connection) -> Listing:
         except sqlite3.DatabaseError as error:
             copies.append(unreadable(account_id, f"its row cannot be read: {error}"))
         else:
-            copies.append(_copy(row))
+            lost = unreadable(account_id, "its row is not where the index has it")
+            copies.append(lost if row is None else _copy(row))
     return Listing(tuple(copies), complete=fault is None, fault=fault)
 
 
@@ -306,6 +307,10 @@ def _copy(row: tuple[Any, ...]) -> AccountCopy:
         known = AccountStatus(status)
     except ValueError:
         known, fault = AccountStatus.QUARANTINED, f"its status is unknown: {status!r}"
+    version = Version(epoch, revision)
+    if not version.plausible:
+        known, fault = AccountStatus.QUARANTINED, f"version {version} was never counted to"
+        version = Version(0, 0)
     # STRICT tables: every column has the type that TABLES gives it.
     account = Account(
         account_id,
@@ -322,7 +327,7 @@ def _copy(row: tuple[Any, ...]) -> AccountCopy:
     )
     return AccountCopy(
         account,
-        Version(epoch, revision),
+        version,
         {} if main is None else {MAIN_PART: main},
         complete=not others and fault is None,
         stamp=stamp,

@@ -191,6 +191,8 @@ def _listed(row: _Row) -> AccountCopy:
     """
     _, name, epoch, revision, packed, main = row
     account_id, version = AccountId(name), Version(epoch, revision)
+    if not version.plausible:
+        return unreadable(account_id, f"version {version} was never counted to")
     try:
         head = _head_decoder.decode(packed)
     except ValueError as error:

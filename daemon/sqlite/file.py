@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,15 +157,31 @@ def open_connection(
         f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=busy_s
     )
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {checkpoint_pages}")
-        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
+        with garbled_is_corrupt():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {checkpoint_pages}")
+            connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
     except sqlite3.Error:
         connection.close()
         raise
     return connection
+
+
+@contextlib.contextmanager
+def garbled_is_corrupt() -> Iterator[None]:
+    """Raise `sqlite3.DatabaseError` where Python's module cannot even tell SQLite's error.
+
+    A message that quotes a damaged page need not be UTF-8, and then that is what is raised.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        corrupt = sqlite3.DatabaseError("the database is malformed, its names are garbled")
+        corrupt.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        corrupt.sqlite_errorname = "SQLITE_CORRUPT"
+        raise corrupt from error
 
 
 def translated(error: sqlite3.Error, path: Path) -> StoreUnavailable | StoreMisconfigured:

@@ -12,6 +12,7 @@ import msgspec
 
 from machine.ports import LeaseMissing, LeaseRefused, StoreMisconfigured
 from machine.records import (
+    COUNT_MAX,
     Fence,
     FenceChange,
     Heartbeat,
@@ -93,6 +94,8 @@ def read_heartbeat(connection: sqlite3.Connection, boot: Boot) -> Heartbeat:
         lease = Lease(holder, incarnation, epoch, nonce, ttl_s, LeaseState(state))
     except ValueError as error:
         raise StoreMisconfigured(f"the lease cannot be read: {error}") from error
+    if not lease.plausible:
+        raise StoreMisconfigured("the lease cannot be read: its epoch or ttl was never written")
     age_s = boot.boottime() - written_at if boot_id == boot.boot_id else math.inf
     return Heartbeat(lease, Stamp(stamp), max(0.0, age_s))
 
@@ -116,6 +119,8 @@ def read_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
         lines = msgspec.json.decode(history, type=tuple[FenceChange, ...])
     except ValueError as error:
         raise StoreMisconfigured(f"the fence cannot be read: {error}") from error
+    if not 0 <= epoch <= COUNT_MAX:
+        raise StoreMisconfigured("the fence cannot be read: its epoch was never counted to")
     fence = Fence(
         epoch,
         holder,

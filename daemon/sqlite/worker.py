@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from daemon.sqlite.file import translated
+from daemon.sqlite.file import garbled_is_corrupt, translated
 from machine.ports import StoreUnavailable
 
 T = TypeVar("T")
@@ -81,7 +81,8 @@ class _Job(Generic[T]):
         Raises `sqlite3.Error` when the transaction, and with it the whole group, is lost.
         """
         try:
-            self.value, self.error = self.work(connection), None
+            with garbled_is_corrupt():
+                self.value, self.error = self.work(connection), None
         except sqlite3.Error as error:
             if not connection.in_transaction:
                 raise

@@ -8,8 +8,17 @@ from hypothesis import strategies as st
 
 from machine.doubt import Source
 from machine.legacy import new_account
-from machine.records import MAIN_PART, AccountCopy, AccountId, Listing, Stamp, Version
-from machine.restore import Choice, reconcile, reconcile_all
+from machine.records import (
+    MAIN_PART,
+    AccountCopy,
+    AccountId,
+    AccountStatus,
+    Listing,
+    Stamp,
+    Version,
+)
+from machine.restore import Choice, fault_of, reconcile, reconcile_all
+from tests.fakes.codec import BROKEN, FakeCodec
 
 ANN = AccountId("ann")
 
@@ -157,3 +166,14 @@ def test_every_account_of_either_listing_gets_exactly_one_choice(
 
     choices = reconcile_all(listing(in_shared), listing(on_disk))
     assert sorted(c.account_id for c in choices) == sorted({*in_shared, *on_disk})
+
+
+def test_an_account_that_was_connected_is_not_opened_without_credentials() -> None:
+    """It would be paired anew, over keys that may still be somewhere."""
+    codec = FakeCodec()
+    bare = replace(copy(1, 1), parts={})
+    connected = replace(bare, account=replace(bare.account, status=AccountStatus.CONNECTED))
+    assert fault_of(bare, codec) is None
+    assert "no credentials" in str(fault_of(connected, codec))
+    assert fault_of(replace(connected, fault="torn"), codec) == "torn"
+    assert fault_of(replace(connected, parts={MAIN_PART: BROKEN}), codec) is not None

@@ -15,6 +15,7 @@ from daemon.sqlite.file import (
     check_file,
     create_file,
     open_connection,
+    translated,
     upgrade_file,
 )
 from machine.ports import StoreMisconfigured, StoreUnavailable
@@ -133,3 +134,13 @@ def test_another_programs_database_is_refused(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreMisconfigured, match="missing"):
         create_file(tmp_path / "missing" / "t.db", SCHEMA)
+
+
+def test_a_schema_whose_names_are_garbled_is_refused_for_good(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    create_file(path, SCHEMA)
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE t", b"\xffREATE TABLE t"))
+    # Python's module cannot put that into a message of its own.
+    with pytest.raises(sqlite3.DatabaseError, match="malformed") as caught:
+        open_connection(path)
+    assert isinstance(translated(caught.value, path), StoreMisconfigured)

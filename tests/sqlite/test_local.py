@@ -519,3 +519,15 @@ async def test_an_epoch_that_cannot_be_written_is_unavailable(tmp_path: Path) ->
         with pytest.raises(StoreUnavailable):
             await store.raise_epoch(1)
         assert await store.highest_epoch() == 0
+
+
+async def test_a_version_that_nobody_counted_to_is_a_fault(tmp_path: Path) -> None:
+    await stocked(tmp_path)
+    execute(tmp_path, f"UPDATE copies SET revision = {2**62} WHERE account_id = '{ANNA}'")
+    async with open_local(tmp_path) as store:
+        faults = {c.account.account_id: c.fault for c in (await store.list_accounts()).copies}
+        assert "never counted to" in str(faults[ANNA])
+        assert faults[BELA] is None
+        # The account is quarantined, or a copy that can be read takes its place.
+        await store.save_account(a_copy())
+        assert await store.fetch_account(ANNA) == a_copy()

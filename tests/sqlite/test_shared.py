@@ -413,3 +413,54 @@ async def test_a_file_in_use_by_another_process_is_unavailable_in_time(tmp_path:
         assert deadline.cancelled_caught
         other.execute("ROLLBACK")
         other.close()
+
+
+@pytest.mark.parametrize("version", [(-1, 1), (1, -5), (1, 2**62)], ids=str)
+async def test_a_version_that_nobody_counted_to_is_a_fault(
+    tmp_path: Path, version: tuple[int, int]
+) -> None:
+    path = tmp_path / "shared.db"
+    async with open_sqlite_shared(path) as store:
+        await store.initialise()
+        await create(store, await acquire(store))
+        execute(path, "UPDATE accounts SET epoch = {}, revision = {}".format(*version))
+        (copy,) = (await store.list_accounts()).copies
+        assert copy.fault is not None
+        assert "never counted to" in copy.fault
+        # It stands in the way of no copy that can be read.
+        assert copy.version == Version(0, 0)
+
+
+@pytest.mark.parametrize("change", ["ttl_s = -1", "ttl_s = 0", f"epoch = {2**62}", "epoch = -1"])
+async def test_a_lease_that_nobody_wrote_is_refused_and_never_free(
+    tmp_path: Path, change: str
+) -> None:
+    path = tmp_path / "shared.db"
+    async with open_sqlite_shared(path) as store:
+        await store.initialise()
+        await acquire(store)
+        execute(path, f"UPDATE lease SET {change}")
+        with pytest.raises(StoreMisconfigured, match="cannot be read"):
+            await store.read()
+        with pytest.raises(StoreMisconfigured, match="cannot be read"):
+            await store.read_heartbeat()
+
+
+async def test_an_account_that_only_the_index_has_is_listed_as_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "shared.db"
+    async with open_sqlite_shared(path) as store:
+        names = await stored(path, store, 300)
+    content = path.read_bytes()
+    # The first leaf of the table is cut out of its tree: its rows are nowhere, their names are.
+    page = next(
+        number
+        for number in range(2, len(content) // 4096)
+        if content[number * 4096] == 0x0D and b"account-00000" in content[number * 4096 :][:4096]
+    )
+    emptied = b"\x0d" + bytes(4095)
+    path.write_bytes(content[: page * 4096] + emptied + content[(page + 1) * 4096 :])
+    async with open_sqlite_shared(path) as store:
+        listing = await store.list_accounts()
+    lost = [copy for copy in listing.copies if copy.fault is not None]
+    assert {copy.account.account_id for copy in listing.copies} == set(names)
+    assert lost
