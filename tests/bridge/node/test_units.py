@@ -22,4 +22,4 @@ def test_the_units_of_the_node_side_hold() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "# pass 21" in done.stdout, done.stdout
+    assert "# pass 22" in done.stdout, done.stdout

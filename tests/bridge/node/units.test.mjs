@@ -11,11 +11,11 @@ import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../d
 import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
 import { AccountKeys, KeysUnusable, keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
 import { isOtherSpelling, readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
-import { readMail } from '../../../daemon/bridge/node/inbound.mjs'
+import { keepBeforeReceipt, readMail, Stanzas } from '../../../daemon/bridge/node/inbound.mjs'
 import { readClose } from '../../../daemon/bridge/node/closing.mjs'
 
 const require = createRequire(new URL('../../../daemon/bridge/node/main.mjs', import.meta.url))
-const { Curve, encodeWAMessage, initAuthCreds, proto, useMultiFileAuthState } = await import(pathToFileURL(require.resolve('baileys')))
+const { addTransactionCapability, Curve, encodeWAMessage, initAuthCreds, proto, useMultiFileAuthState } = await import(pathToFileURL(require.resolve('baileys')))
 
 const bytes = text => Buffer.from(text)
 const ME = { id: '4915100000001:7@s.whatsapp.net', lid: '2000001:7@lid' }
@@ -364,4 +364,47 @@ test('doubt drops the sessions with a number and its LID, and with our own devic
 		changesOf(['491700000001']).sort(),
 		[...dropped, ...own].map(name => `${name}: null`).sort()
 	)
+})
+
+test('a message is read under the lock that sends take, and handed on when it is kept', async () => {
+	const { keys, store } = newKeys()
+	const auth = {
+		creds: { me: ME_CREDS },
+		keys: addTransactionCapability(store, silent, { maxCommitRetries: 1, delayBetweenTriesMs: 1 })
+	}
+	const order = []
+	const tick = () => new Promise(go => setTimeout(go, 20))
+	const repository = {
+		lidMapping: knownLids,
+		async decryptMessage() {
+			order.push('read')
+			await auth.keys.set({ session: { 'anna.0': 'read' } })
+			return encodeWAMessage(text)
+		},
+		decryptGroupMessage: () => Promise.reject(new Error('no sender key'))
+	}
+	const stanzas = new Stanzas()
+	const ciphertext = bytes('sealed')
+	const attrs = { id: 'A', from: ANNA, t: '1700000000' }
+	stanzas.note({ tag: 'message', attrs, content: [{ tag: 'enc', attrs: {}, content: ciphertext }] })
+	const keep = async mail => {
+		order.push(['kept', mail, keys.takeChanges()])
+		await tick()
+		order.push('stored')
+	}
+	const reader = keepBeforeReceipt(() => repository, stanzas, keys, keep)(auth)
+
+	const sending = auth.keys.transaction(async () => {
+		order.push('send')
+		await tick()
+		order.push('sent')
+	}, ME.id)
+	await reader.decryptMessage({ jid: ANNA, type: 'msg', ciphertext }).then(() => order.push('receipt'))
+	await sending
+	const change = { 'session-anna.0': '"read"' }
+	assert.deepEqual(order, ['send', 'sent', 'read', ['kept', [annasMail], change], 'stored', 'receipt'])
+
+	await assert.rejects(reader.decryptGroupMessage({ group: GROUP, msg: ciphertext }), /no sender key/)
+	assert.ok(!keys.isReading)
+	assert.equal(order.length, 6)
 })
