@@ -9,8 +9,6 @@ BIN := .venv/bin
 RUN := .venv/run.stamp
 DEV := .venv/dev.stamp
 BAILEYS := daemon/bridge/node/node_modules/.package-lock.json
-# Not empty where the tests of the real connector can run.
-NODE := $(shell node -e 'process.versions.node.split(".")[0] >= 20 && console.log("yes")' 2>/dev/null)
 
 help: ## show what can be made here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -33,14 +31,13 @@ run-whatsapp: $(RUN) $(BAILEYS) ## start one instance for the real WhatsApp, to 
 demo-whatsapp: $(RUN) $(BAILEYS) ## redeploys and a crash under traffic, with the real Baileys and no phone
 	@$(BIN)/python -m tests.whatsapp.demo
 
-test: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
-	@$(if $(NODE),,echo "Node.js 20 is not here: the tests of the connector baileys are skipped.")
+test: $(DEV) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
 	@$(BIN)/pytest -m "not long" $(ARGS)
 
-test-long: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the longer suites that `make test` leaves out
+test-long: $(DEV) ## run the longer suites that `make test` leaves out
 	@$(BIN)/pytest -m long $(ARGS)
 
-system-test: $(DEV) $(if $(NODE),$(BAILEYS)) ## run the tests that start real processes, the long ones too
+system-test: $(DEV) ## run the tests that start real processes, the long ones too
 	@$(BIN)/pytest -m system $(ARGS)
 
 simulate: $(DEV) ## run simulated worlds: SEEDS=100 MINUTES=10; docs/simulation.md

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,40 @@ def test_a_directory_that_cannot_be_written_is_named_with_another_way(tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(BridgeUnusable, match=r"cannot be written .*WATCHKEEPER_BRIDGE_DIR"):
         set_up(tmp_path / "file" / "bridge")
+
+
+def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "daemon", *arguments],
+        env={"PATH": os.environ["PATH"], **settings},
+        cwd=SOURCES.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.system
+def test_an_instance_without_baileys_does_not_start_and_says_what_to_run(tmp_path: Path) -> None:
+    ended = run_command(
+        "run",
+        WATCHKEEPER_ADMIN_TOKEN="a-token-for-this-test",
+        WATCHKEEPER_HTTP_BIND="127.0.0.1:0",
+        WATCHKEEPER_STATE_DIR=str(tmp_path / "state"),
+        WATCHKEEPER_SHARED_DIR=str(tmp_path / "shared"),
+        WATCHKEEPER_CONNECTOR="baileys",
+        WATCHKEEPER_NODE=node_that_says(tmp_path, "v24.0.0"),
+        WATCHKEEPER_BRIDGE_DIR=str(tmp_path / "nothing"),
+    )
+    assert ended.returncode == 2
+    refusal = ended.stderr.splitlines()[-1]
+    assert "not started: there is no" in refusal
+    assert f"run `watchkeeper setup-whatsapp --directory {tmp_path / 'nothing'}`" in refusal
+
+
+def test_setting_up_without_node_says_what_to_install() -> None:
+    ended = run_command("setup-whatsapp", WATCHKEEPER_NODE="no-such-node")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "'no-such-node' is not there: install Node.js" in ended.stderr
+    assert "Traceback" not in ended.stderr
