@@ -50,8 +50,8 @@ export function serve() {
 /**
  * Everything that this process does for the daemon.
  *
- * Between calls: `#connections` are those that the daemon may mention; `#asked` are the asks without
- * an answer.
+ * Between calls: `#connections` are those that the daemon may mention; `#asked` are the asks
+ * without an answer.
  */
 class Bridge {
 	#line
@@ -69,7 +69,8 @@ class Bridge {
 	run() {
 		sendLogsTo((level, message) => {
 			const least = this.#options?.logLevel ?? 'info'
-			if (LOG_LEVELS.indexOf(level) >= LOG_LEVELS.indexOf(least)) this.#line.writeLog(level, message)
+			if (LOG_LEVELS.indexOf(level) >= LOG_LEVELS.indexOf(least))
+				this.#line.writeLog(level, message)
 		})
 		this.#line.read(
 			frame => this.#handle(frame),

@@ -1,5 +1,5 @@
-// Checks of what the daemon sends. Both sides ship together, so anything unexpected is a bug, and is
-// refused at once. Messages name the field and never its value.
+// Checks of what the daemon sends. Both sides ship together, so anything unexpected is a bug, and
+// is refused at once. Messages name the field and never its value.
 
 /** The frame makes no sense. */
 export class Invalid extends Error {}

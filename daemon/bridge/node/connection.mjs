@@ -111,7 +111,10 @@ export class Connection {
 		}
 		const acknowledged = this.#unacknowledged.expect(messageId)
 		const late = setTimeout(() => {
-			const error = new CallFailed('failed', `the server did not acknowledge it in ${deadlineMs} ms`)
+			const error = new CallFailed(
+				'failed',
+				`the server did not acknowledge it in ${deadlineMs} ms`
+			)
 			this.#unacknowledged.giveUp(messageId, error)
 		}, deadlineMs)
 		try {
@@ -258,7 +261,8 @@ export class Connection {
 	 */
 	async #keep(mail) {
 		try {
-			for (const message of mail) this.#store('received', { message, values: this.#keys.takeChanges() })
+			for (const message of mail)
+				this.#store('received', { message, values: this.#keys.takeChanges() })
 			await this.#tellKeys()
 		} catch (error) {
 			log('info', `${this.account}: a message waits for the next login (${describeError(error)})`)

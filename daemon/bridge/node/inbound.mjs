@@ -55,8 +55,8 @@ export class Stanzas {
  * @param {Function} makeRepository
  * @param {Stanzas} stanzas
  * @param {import('./keys.mjs').AccountKeys} keys
- * @param {(mail: Mail[]) => Promise<void>} keep resolves when the messages, if there are any, and all
- *   changed keys are durable; never settles when they cannot be: the connection is then ending
+ * @param {(mail: Mail[]) => Promise<void>} keep resolves when the messages, if there are any, and
+ *   all changed keys are durable; never settles when they cannot be: the connection is then ending
  */
 export function keepBeforeReceipt(makeRepository, stanzas, keys, keep) {
 	return (auth, ...rest) => {

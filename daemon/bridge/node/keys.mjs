@@ -1,11 +1,11 @@
-// One account's credentials and Signal keys, in memory, and which of them the daemon has not got yet.
+// One account's credentials and Signal keys, in memory, and which of them the daemon has not got.
 //
-// Values are kept as the text that a file of Baileys' `useMultiFileAuthState` would hold, under that
-// file's name, and parsed when they are used. Never lives here: when changes are told.
+// Values are kept as the text that a file of Baileys' `useMultiFileAuthState` would hold, under
+// that file's name, and parsed when they are used. Never lives here: when changes are told.
 import { BufferJSON, initAuthCreds, jidDecode, makeCacheableSignalKeyStore, proto } from 'baileys'
 
 const CREDS = 'creds'
-/** Baileys goes on with these only when they are durable: the server or the phone relies on them. */
+/** Baileys goes on with these only when they are durable: somebody else relies on them. */
 const DURABLE_FIRST = new Set(['pre-key', 'app-state-sync-key', 'app-state-sync-version'])
 
 /** The keys hold no credentials that can be read. Its message holds nothing of them. */
@@ -24,7 +24,8 @@ export function keyName(type, id) {
  * All keys of one account.
  *
  * Between calls: `#texts` is what is true now, and `#changed` names what differs from what
- * `takeChanges` has handed out. `held` keys (a pairing that no phone has confirmed) hand out nothing.
+ * `takeChanges` has handed out. `held` keys (a pairing that no phone has confirmed) hand out
+ * nothing.
  * While a message is read, what that changes is in `#read` and not handed out: stored without the
  * message, it would make the server's next copy of it unreadable.
  */

@@ -145,7 +145,11 @@ export class Line {
 		if (this.#droppedLogs > 0) {
 			const dropped = this.#droppedLogs
 			this.#droppedLogs = 0
-			this.write({ event: 'log', level: 'warning', message: `${dropped} log records were dropped` })
+			this.write({
+				event: 'log',
+				level: 'warning',
+				message: `${dropped} log records were dropped`
+			})
 		}
 		this.write({ event: 'log', level, message })
 	}

@@ -57,6 +57,7 @@ function describe(value) {
 function kindOf(value) {
 	if (value instanceof Error) return describeError(value)
 	if (typeof value === 'string') return `<text, ${value.length} characters>`
-	if (typeof value === 'object' && value !== null) return `<${value.constructor?.name ?? 'object'}>`
+	if (typeof value === 'object' && value !== null)
+		return `<${value.constructor?.name ?? 'object'}>`
 	return `<${typeof value}>`
 }

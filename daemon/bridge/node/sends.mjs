@@ -84,7 +84,8 @@ export function readReceipt({ attrs, content }, me) {
 	const state = STATES[attrs.type ?? '']
 	const from = attrs.participant ?? attrs.from
 	if (!state || isOwn(from, me) || attrs.recipient) return []
-	const items = Array.isArray(content) && Array.isArray(content[0]?.content) ? content[0].content : []
+	const items =
+		Array.isArray(content) && Array.isArray(content[0]?.content) ? content[0].content : []
 	const ids = [attrs.id, ...items.filter(each => each.tag === 'item').map(each => each.attrs.id)]
 	return ids.filter(Boolean).map(messageId => ({ messageId, state }))
 }

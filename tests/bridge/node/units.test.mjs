@@ -7,15 +7,36 @@ import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
-import { FRAME_BYTES_MAX, FrameReader, LineBroken, parseFrame } from '../../../daemon/bridge/node/line.mjs'
+import {
+	FRAME_BYTES_MAX,
+	FrameReader,
+	LineBroken,
+	parseFrame
+} from '../../../daemon/bridge/node/line.mjs'
 import { describePrinted, describeWritten, words } from '../../../daemon/bridge/node/redact.mjs'
-import { AccountKeys, KeysUnusable, keyName, RecentValues } from '../../../daemon/bridge/node/keys.mjs'
-import { isOtherSpelling, readReceipt, Unacknowledged } from '../../../daemon/bridge/node/sends.mjs'
+import {
+	AccountKeys,
+	KeysUnusable,
+	keyName,
+	RecentValues
+} from '../../../daemon/bridge/node/keys.mjs'
+import {
+	isOtherSpelling,
+	readReceipt,
+	Unacknowledged
+} from '../../../daemon/bridge/node/sends.mjs'
 import { keepBeforeReceipt, readMail, Stanzas } from '../../../daemon/bridge/node/inbound.mjs'
 import { readClose } from '../../../daemon/bridge/node/closing.mjs'
 
 const require = createRequire(new URL('../../../daemon/bridge/node/main.mjs', import.meta.url))
-const { addTransactionCapability, Curve, encodeWAMessage, initAuthCreds, proto, useMultiFileAuthState } = await import(pathToFileURL(require.resolve('baileys')))
+const {
+	addTransactionCapability,
+	Curve,
+	encodeWAMessage,
+	initAuthCreds,
+	proto,
+	useMultiFileAuthState
+} = await import(pathToFileURL(require.resolve('baileys')))
 
 const bytes = text => Buffer.from(text)
 const ME = { id: '4915100000001:7@s.whatsapp.net', lid: '2000001:7@lid' }
@@ -80,7 +101,10 @@ test('what is printed is described, never quoted', () => {
 	for (const secret of ['see you', '4915112345678', key, key.slice(0, 25), 'privKey']) {
 		assert.ok(!described.includes(secret), `${secret} in ${described}`)
 	}
-	assert.match(described, /^Closing session: <Object> <text, 15 characters> <text, 44 characters>/)
+	assert.match(
+		described,
+		/^Closing session: <Object> <text, 15 characters> <text, 44 characters>/
+	)
 })
 
 test('names of keys are those of the files of Baileys', () => {
@@ -153,7 +177,12 @@ const knownLids = {
 	getPNForLID: async lid => (lid.startsWith('3000001') ? '491700000001:0@s.whatsapp.net' : null)
 }
 const mailOf = (attrs, message) =>
-	readMail({ attrs: { id: 'A', t: '1700000000', ...attrs } }, encodeWAMessage(message), ME, knownLids)
+	readMail(
+		{ attrs: { id: 'A', t: '1700000000', ...attrs } },
+		encodeWAMessage(message),
+		ME,
+		knownLids
+	)
 const text = { conversation: 'hello' }
 const annasMail = {
 	messageId: 'A',
@@ -188,7 +217,10 @@ test('people are named by their phone number where it is known', async () => {
 	}
 	const [unknown] = await mailOf({ from: '3000009@lid' }, text)
 	assert.deepEqual([unknown.chat, unknown.sender], ['3000009@lid', '3000009@lid'])
-	const [group] = await mailOf({ from: GROUP, participant: '3000009@lid', participant_pn: ANNA }, text)
+	const [group] = await mailOf(
+		{ from: GROUP, participant: '3000009@lid', participant_pn: ANNA },
+		text
+	)
 	assert.deepEqual([group.chat, group.sender], [GROUP, '491700000001'])
 })
 
@@ -281,7 +313,10 @@ test('only what the server relies on makes Baileys wait', async () => {
 	await store.set({ session: { a: 1 } })
 	await store.set({ 'pre-key': { 1: null } })
 	const waits = store.set({ 'pre-key': { 2: 1 } })
-	assert.equal(await Promise.race([waits, new Promise(go => setTimeout(go, 20, 'waits'))]), 'waits')
+	assert.equal(
+		await Promise.race([waits, new Promise(go => setTimeout(go, 20, 'waits'))]),
+		'waits'
+	)
 	assert.deepEqual(urgent, [false, false, true])
 })
 
@@ -293,7 +328,9 @@ test('a number that WhatsApp spells otherwise is told from one that it spells th
 
 const SAMPLES = {
 	'pre-key': { 17: Curve.generateKeyPair() },
-	session: { '2000001_1.0': { _sessions: { 'a/b+c=': { indexInfo: { used: 1 } } }, version: 'v1' } },
+	session: {
+		'2000001_1.0': { _sessions: { 'a/b+c=': { indexInfo: { used: 1 } } }, version: 'v1' }
+	},
 	'sender-key': { '1@g.us::2000001_1::0': Buffer.from('[{"senderKeyId": 1}]') },
 	'sender-key-memory': { '1@g.us': { '2000001:3@lid': true } },
 	'identity-key': { '2000001_1.0': Curve.generateKeyPair().public },
@@ -307,7 +344,9 @@ const SAMPLES = {
 			timestamp: 1_700_000_000
 		})
 	},
-	'app-state-sync-version': { regular: { version: 3, hash: Buffer.alloc(128), indexValueMap: {} } }
+	'app-state-sync-version': {
+		regular: { version: 3, hash: Buffer.alloc(128), indexValueMap: {} }
+	}
 }
 
 test('what Baileys wrote into files is read as Baileys reads it, and written as it writes', async () => {
@@ -349,7 +388,12 @@ test('credentials of no paired account are unusable, and nothing of them is said
 })
 
 test('doubt drops the sessions with a number and its LID, and with our own devices, no others', () => {
-	const kept = ['session-491700000002.0', 'session-3000002_1.0', 'pre-key-1', 'lid-mapping-491700000001']
+	const kept = [
+		'session-491700000002.0',
+		'session-3000002_1.0',
+		'pre-key-1',
+		'lid-mapping-491700000001'
+	]
 	const dropped = ['session-491700000001.0', 'session-491700000001.3', 'session-3000001_1.0']
 	const own = ['session-4915100000001.0', 'session-2000001_1.0']
 	const values = Object.fromEntries([...kept, ...dropped, ...own].map(name => [name, '{}']))
@@ -386,7 +430,11 @@ test('a message is read under the lock that sends take, and handed on when it is
 	const stanzas = new Stanzas()
 	const ciphertext = bytes('sealed')
 	const attrs = { id: 'A', from: ANNA, t: '1700000000' }
-	stanzas.note({ tag: 'message', attrs, content: [{ tag: 'enc', attrs: {}, content: ciphertext }] })
+	stanzas.note({
+		tag: 'message',
+		attrs,
+		content: [{ tag: 'enc', attrs: {}, content: ciphertext }]
+	})
 	const keep = async mail => {
 		order.push(['kept', mail, keys.takeChanges()])
 		await tick()
@@ -399,12 +447,24 @@ test('a message is read under the lock that sends take, and handed on when it is
 		await tick()
 		order.push('sent')
 	}, ME.id)
-	await reader.decryptMessage({ jid: ANNA, type: 'msg', ciphertext }).then(() => order.push('receipt'))
+	await reader
+		.decryptMessage({ jid: ANNA, type: 'msg', ciphertext })
+		.then(() => order.push('receipt'))
 	await sending
 	const change = { 'session-anna.0': '"read"' }
-	assert.deepEqual(order, ['send', 'sent', 'read', ['kept', [annasMail], change], 'stored', 'receipt'])
+	assert.deepEqual(order, [
+		'send',
+		'sent',
+		'read',
+		['kept', [annasMail], change],
+		'stored',
+		'receipt'
+	])
 
-	await assert.rejects(reader.decryptGroupMessage({ group: GROUP, msg: ciphertext }), /no sender key/)
+	await assert.rejects(
+		reader.decryptGroupMessage({ group: GROUP, msg: ciphertext }),
+		/no sender key/
+	)
 	assert.ok(!keys.isReading)
 	assert.equal(order.length, 6)
 })
