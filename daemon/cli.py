@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import typer
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ACCOUNTS = "/api/whatsapp/accounts"
 POLL_S = 1.0
+FOLLOW_S = 2.0
 PAIRING_WAIT_S = 180.0
 DEAD_ENDS = frozenset({"logged_out", "banned", "quarantined", "stopped"})
 
@@ -449,6 +450,75 @@ def send(
     say(f"{answer.get('messageId')}: {what} ({meanings.get(what, 'see its status')})")
 
 
+@app.command()
+def messages(
+    account: AccountArgument,
+    cursor: Annotated[str, typer.Option(help="Go on from there: the one that was shown.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=500, help="Messages at once.")] = 100,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show all, and go on as more arrive, until Ctrl+C.")
+    ] = False,
+    url: Url = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an account has received, oldest first."""
+    from daemon.terminal import print_json, print_received, remark
+
+    with _remote(url, token_file) as remote:
+        if follow:
+            _follow_messages(remote, account, cursor, limit, as_json=as_json)
+            return
+        answer = _read_messages(remote, account, cursor, limit)
+    if as_json:
+        print_json(answer)
+        return
+    print_received(answer["messages"])
+    if answer["messages"]:
+        more = "There are more. " if answer["more"] else ""
+        remark(f"{more}Go on with: --cursor {answer['cursor']}")
+
+
+def _read_messages(remote: Remote, account: str, cursor: str, limit: int) -> dict[str, Any]:
+    asked = {"accountId": account, "direction": "in", "cursor": cursor, "limit": str(limit)}
+    answer: dict[str, Any] = remote.ask("GET", f"/api/whatsapp/messages?{urlencode(asked)}")
+    return answer
+
+
+def _follow_messages(
+    remote: Remote,
+    account: str,
+    cursor: str,
+    limit: int,
+    *,
+    as_json: bool,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Print messages as they arrive: one a line, or one JSON document a line. Never returns.
+
+    An instance that does not answer for a moment is asked again: the cursor holds at any other.
+    """
+    from daemon.remote import Refused, Unreachable
+    from daemon.terminal import print_received_line, remark
+
+    away = False
+    while True:
+        try:
+            answer = _read_messages(remote, account, cursor, limit)
+        except (Refused, Unreachable) as error:
+            if isinstance(error, Refused) and error.status != 503:
+                raise
+            if not away:
+                remark(f"{error} Asking again.")
+            away, more = True, False
+        else:
+            away, more, cursor = False, answer["more"], answer["cursor"]
+            for message in answer["messages"]:
+                print_received_line(message, as_json=as_json)
+        if not more:
+            pause(FOLLOW_S)
+
+
 @app.command("step-down")
 def step_down(
     reason: Reason = "asked on the command line",
@@ -677,6 +747,29 @@ def remove_account(
 
 
 # --- the loopback connector ------------------------------------------------------------------
+
+
+@loopback_app.command()
+def receive(
+    account: AccountArgument,
+    text: Annotated[str, typer.Argument(help="What to write.")],
+    sender: Annotated[
+        str, typer.Option("--from", help="Whose number writes.", metavar="NUMBER")
+    ] = "4915187654321",
+    url: Url = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Have somebody write to an account of the loopback connector."""
+    from daemon.terminal import print_json, say
+
+    body: dict[str, object] = {"accountId": account, "from": sender, "text": text}
+    with _remote(url, token_file) as remote:
+        answer = remote.ask("POST", "/api/loopback/receive", body)
+    if as_json:
+        print_json(answer)
+    else:
+        say(f"{answer['messageId']} is with the server; see: watchkeeper messages {account}")
 
 
 @loopback_app.command()

@@ -96,7 +96,13 @@ BRIDGE_ACCOUNTS_MAX = 200
 BRIDGE_ACCOUNTS_MAX_OLD_NODE = 50
 
 
-LOOPBACK_ERRORS = (ErrorCode.NOT_AWAITING_SCAN, ErrorCode.STORE_UNAVAILABLE, *WITH_BODY)
+LOOPBACK_ERRORS = (
+    ErrorCode.NOT_AWAITING_SCAN,
+    ErrorCode.ACCOUNT_NOT_PAIRED,
+    ErrorCode.OUTBOX_FULL,
+    ErrorCode.STORE_UNAVAILABLE,
+    *WITH_BODY,
+)
 """What the loopback world's routes can be answered, besides what every route can."""
 
 

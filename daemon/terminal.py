@@ -136,6 +136,32 @@ def print_accounts(accounts: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
+def print_received(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Print received messages as a table, or say that there are none."""
+    if not messages:
+        say("no messages")
+        return
+    print_table(
+        ["received", "from", "text"],
+        [[message["receivedAt"], _sender(message), message["text"]] for message in messages],
+    )
+
+
+def print_received_line(message: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print one received message as one line, at once."""
+    if as_json:
+        sys.stdout.write(json.dumps(message, ensure_ascii=False) + "\n")
+    else:
+        say(f"{message['receivedAt']}  {_sender(message)}: {message['text']}")
+    sys.stdout.flush()
+
+
+def _sender(message: Mapping[str, Any]) -> str:
+    name = message.get("fromName")
+    sender = f"{name} ({message['from']})" if name else str(message["from"])
+    return sender if message["chat"] == message["from"] else f"{sender} in {message['chat']}"
+
+
 def _lease_line(lease: Mapping[str, Any] | None) -> str:
     if not lease:
         return "not seen yet"

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
-from daemon.cli import Exit, _wait_connected, app
+from daemon.cli import Exit, _follow_messages, _wait_connected, app
 from daemon.remote import Remote, local_address
 from daemon.settings import PREFIX, Settings
 
@@ -27,7 +27,7 @@ ACCOUNT = {"accountId": "sales", "name": "Sales", "status": "connected", "phone"
 
 COMMANDS = {
     *("run", "init", "keygen", "config", "doctor", "cost", "diagram", "status", "accounts"),
-    *("send", "step-down", "drain", "import", "loopback", "setup-whatsapp", "health"),
+    *("send", "messages", "step-down", "drain", "import", "loopback", "setup-whatsapp", "health"),
 }
 
 Answer = tuple[int, dict[str, Any] | str]
@@ -357,6 +357,85 @@ def test_send_without_an_answer_says_how_to_repeat_it_safely() -> None:
     ended = command("send", "sales", "49", "x", "--url", "http://127.0.0.1:1")
     assert ended.exit_code == Exit.UNREACHABLE
     assert "--idempotency-key" in ended.stderr
+
+
+def a_received(number: int, **changes: object) -> dict[str, object]:
+    return {
+        "accountId": "sales",
+        "messageId": f"3A{number}",
+        "chat": "4915187654321",
+        "from": "4915187654321",
+        "fromName": "Zoë",
+        "text": f"text {number}",
+        "sentAt": "2026-01-31T12:00:00.000Z",
+        "receivedAt": "2026-01-31T12:00:01.000Z",
+        **changes,
+    }
+
+
+def inbox_path(cursor: str, limit: int = 100) -> str:
+    return f"/api/whatsapp/messages?accountId=sales&direction=in&cursor={cursor}&limit={limit}"
+
+
+def test_messages_are_shown_with_their_senders_and_how_to_go_on(instance: FakeInstance) -> None:
+    page = [a_received(1), a_received(2, fromName=None, chat="12036304@g.us", text="a\x1b[31mb")]
+    instance.will("GET", inbox_path("c0", 2), fine(messages=page, cursor="c1", more=True))
+    instance.will("GET", inbox_path(""), fine(messages=[], cursor="", more=False))
+    shown = command("messages", "sales", "--cursor", "c0", "--limit", "2")
+    assert "Zoë (4915187654321)" in shown.stdout
+    assert "4915187654321 in 12036304@g.us" in shown.stdout
+    assert "\x1b" not in shown.stdout
+    assert "There are more. Go on with: --cursor c1" in shown.stderr
+    assert command("messages", "sales").stdout == "no messages\n"
+    as_json = command("messages", "sales", "--cursor", "c0", "--limit", "2", "--json")
+    assert json.loads(as_json.stdout)["messages"] == page
+
+
+def test_following_goes_on_over_a_handoff_and_shows_each_message_once(
+    instance: FakeInstance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Enough(Exception):
+        pass
+
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            raise Enough
+
+    away = refusal(503, "store_unavailable", "The store is away.")
+    instance.will(
+        "GET",
+        inbox_path("", 2),
+        fine(messages=[a_received(1), a_received(2)], cursor="c1", more=True),
+    )
+    instance.will(
+        "GET", inbox_path("c1", 2), fine(messages=[a_received(3)], cursor="c2", more=False)
+    )
+    instance.will(
+        "GET", inbox_path("c2", 2), away, away, fine(messages=[], cursor="c2", more=False)
+    )
+    with Remote(instance.url, TOKEN) as remote, pytest.raises(Enough):
+        _follow_messages(remote, "sales", "", 2, as_json=True, pause=pause)
+    told = capsys.readouterr()
+    lines = [json.loads(line)["messageId"] for line in told.out.splitlines()]
+    assert lines == ["3A1", "3A2", "3A3"]
+    assert told.err.count("Asking again.") == 1
+
+
+def test_following_an_account_that_nobody_knows_ends(instance: FakeInstance) -> None:
+    ended = command("messages", "sales", "--follow")
+    assert ended.exit_code == Exit.REFUSED
+    assert "No." in ended.stderr
+
+
+def test_somebody_writes_to_an_account_of_the_loopback_connector(instance: FakeInstance) -> None:
+    instance.will("POST", "/api/loopback/receive", fine(messageId="3A1", waiting=1))
+    assert "watchkeeper messages sales" in command("loopback", "receive", "sales", "Hello").stdout
+    ended = command("loopback", "receive", "sales", "Hello", "--from", "49170", "--json")
+    assert json.loads(ended.stdout)["waiting"] == 1
+    assert instance.asked[1][3] == {"accountId": "sales", "from": "49170", "text": "Hello"}
 
 
 def test_add_without_waiting_prints_the_account(instance: FakeInstance) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
@@ -25,20 +26,23 @@ from daemon.loopback.device import (
     make_keys,
     new_device,
     read_device,
+    reading_key,
     session_key,
 )
-from daemon.loopback.server import Action, Envelope, Fate, Place
+from daemon.loopback.server import Action, Envelope, Fate, LoopbackServer, Place
+from daemon.loopback.waiting import Letter
 from machine.ports import (
     Connected,
     ConnectionClosed,
     ConnectionEvent,
     KeysChanged,
     MessageProgressed,
+    MessageReceived,
     PairingScanned,
     QrShown,
     ServerAck,
 )
-from machine.records import KeyChange, KeyName, MessageId, MessageState
+from machine.records import InboundMessage, KeyChange, KeyName, MessageId, MessageState
 from machine.refusals import NotAwaitingScan
 
 EVENTS_MAX = 10_000
@@ -126,6 +130,10 @@ class LoopbackConnection:
         self._scopes: set[trio.CancelScope] = set()
         self._pairing: _Pairing | None = None
         self._stored: trio.Event | None = None
+        self._logged_in = False
+        self._early: list[Letter] = []
+        self._unacknowledged: deque[tuple[int, trio.Event]] = deque()
+        self._acknowledging = False
 
     # --- opening and ending ------------------------------------------------------------------
 
@@ -160,6 +168,9 @@ class LoopbackConnection:
         }
         self._drop_sessions(doubtful, all_of_them=distrust_sessions)
         self._tell(Connected(phone))
+        self._logged_in = True
+        for letter in self._early:
+            self.be_written_to(letter)
 
     def _read_device(self, keys: Mapping[KeyName, bytes]) -> Device:
         try:
@@ -277,6 +288,49 @@ class LoopbackConnection:
             await self._bridge.perform(lambda server: server.log_out(place, device_id))
         self.end(401, "logged out")
 
+    # --- receiving ---------------------------------------------------------------------------
+
+    def be_written_to(self, letter: Letter) -> None:
+        """Hand on a message. The server hears that it arrived when it is stored, and not before."""
+        if self._ending is not None:
+            return
+        if not self._logged_in:
+            self._early.append(letter)
+            return
+        name = reading_key(letter.sender)
+        position = load_session(self._sessions.get(name)).advanced()
+        self._sessions[name] = dump_session(position)
+        stored = trio.Event()
+        message = InboundMessage(
+            self._place.account_id,
+            MessageId(letter.message_id),
+            chat=letter.sender,
+            sender=letter.sender,
+            sender_name=letter.sender_name,
+            text=letter.text,
+            sent_at=letter.sent_at,
+            received_at=self._bridge.wall(),
+        )
+        if len(self._events) >= EVENTS_MAX:
+            return  # The server keeps it for the next login.
+        self._tell(MessageReceived(message, KeyChange({name: self._sessions[name]}), stored))
+        self._unacknowledged.append((letter.seq, stored))
+        if not self._acknowledging:
+            self._acknowledging = True
+            self._bridge.nursery.start_soon(self._acknowledge)
+
+    async def _acknowledge(self) -> None:
+        """Tell the server what is stored, in order, until nothing waits or the connection ends."""
+        place, device_id = self._place, self.device_id
+        with suppress(ConnectionClosed), self._while_open():
+            while self._unacknowledged:
+                await self._unacknowledged[0][1].wait()
+                numbers: list[int] = []
+                while self._unacknowledged and self._unacknowledged[0][1].is_set():
+                    numbers.append(self._unacknowledged.popleft()[0])
+                await self._bridge.perform(partial(_acknowledge, place, device_id, numbers))
+        self._acknowledging = False
+
     # --- sending -----------------------------------------------------------------------------
 
     async def is_on_whatsapp(self, to: str) -> bool:
@@ -342,3 +396,9 @@ class LoopbackConnection:
             if self._ending is not None:
                 return  # The real server would keep it for the next login; this one forgets it.
             self._tell(MessageProgressed(message_id, state))
+
+
+def _acknowledge(
+    place: Place, device_id: str, numbers: Sequence[int], server: LoopbackServer
+) -> None:
+    server.acknowledge(place, device_id, numbers)

@@ -276,6 +276,8 @@ class LoopbackBridge:
             return  # It was closed here in the meantime.
         if mail.kind == "closed":
             connection.end(mail.code, mail.detail, expire_s=mail.expire_s)
+        elif mail.letter is not None:
+            connection.be_written_to(mail.letter)
         else:
             connection.be_scanned(mail.phone)
 

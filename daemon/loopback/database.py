@@ -19,13 +19,15 @@ from pathlib import Path
 
 import trio
 
+from daemon.loopback.waiting import TABLES
+
 BUSY_S = 1.0
 """How long one instance waits for another's transaction. Transactions take a few milliseconds."""
 
 PAGES_MAX = 524_288
 """2 GiB at SQLite's 4 KiB pages. Beyond it the server answers 503."""
 
-FORMAT = 1
+FORMAT = 2
 
 UNNAMED = ".new"
 BELL = ".bell"
@@ -117,8 +119,9 @@ def _make_tables(database: sqlite3.Connection, path: Path) -> None:
     database.execute("BEGIN IMMEDIATE")
     try:
         found = database.execute("PRAGMA user_version").fetchone()[0]
-        if found == 0:
-            for statement in _TABLES.split(";"):
+        if found in (0, 1):
+            # Format 1 has all but what waits for accounts.
+            for statement in (*(_TABLES.split(";") if found == 0 else ()), *TABLES.split(";")):
                 database.execute(statement)
             database.execute(f"PRAGMA user_version={FORMAT}")
         elif found != FORMAT:

@@ -116,6 +116,11 @@ def session_key(to: str) -> KeyName:
     return KeyName(f"session-{to}.0")
 
 
+def reading_key(sender: str) -> KeyName:
+    """Where it is kept how far a contact's messages were read: another of the contact's devices."""
+    return KeyName(f"session-{sender}.1")
+
+
 def dump_session(session: Session) -> bytes:
     """The bytes that the stores keep."""
     return b'{"loopback":1,"session":"%s","position":%d}' % (

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.loopback.database import open_database
+from daemon.loopback.waiting import Letter
 
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """What a bridge is told about one of its connections: `closed` or `scanned`."""
+    """What a bridge is told about one of its connections: `closed`, `scanned` or `received`."""
 
     seq: int
     connection_id: str
@@ -23,11 +24,15 @@ class Mail:
     detail: str = ""
     expire_s: float | None = None
     phone: str = ""
+    letter: Letter | None = None
 
 
 def read_mail(row: tuple[int, str, str, str]) -> Mail:
     """Mail from its row: seq, connection, kind, and the rest as JSON."""
-    return Mail(row[0], row[1], row[2], **json.loads(row[3]))
+    body = json.loads(row[3])
+    if row[2] == "received":
+        return Mail(row[0], row[1], row[2], letter=Letter(**body))
+    return Mail(row[0], row[1], row[2], **body)
 
 
 class Mailbox:

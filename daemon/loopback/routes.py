@@ -22,7 +22,7 @@ from daemon.loopback.behaviour import (
     Behaviour,
     Receipts,
 )
-from daemon.loopback.server import Arrival
+from daemon.loopback.server import TEXT_CHARACTERS_MAX, Arrival
 from daemon.loopback.world import MESSAGES_PAGE_MAX, LoopbackWorld
 from machine.records import AccountId
 
@@ -38,6 +38,15 @@ def _one_of(codes: frozenset[int]) -> Callable[[int], int]:
 
 def _documented(codes: frozenset[int]) -> WithJsonSchema:
     return WithJsonSchema({"type": "integer", "enum": sorted(codes)})
+
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a character; neither the database nor the wire can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be Unicode text") from None
+    return text
 
 
 ACCOUNT = r"^[A-Za-z0-9._-]{1,64}$"
@@ -72,6 +81,47 @@ class ScanAnswer(LoopbackModel):
     success: Literal[True] = True
     account_id: str = Field(examples=["sales"])
     phone: str = Field(examples=["4915112345678"])
+
+
+class ReceiveRequest(LoopbackModel):
+    """A message that somebody sends to an account. It waits while the account is away."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"accountId": "sales", "from": "4915187654321", "text": "Hello"}]
+        }
+    )
+
+    account_id: str = Field(pattern=ACCOUNT)
+    sender: str = Field(alias="from", pattern=r"^[0-9]{5,20}$")
+    text: Annotated[str, AfterValidator(_unicode)] = Field(
+        min_length=1, max_length=TEXT_CHARACTERS_MAX
+    )
+    sender_name: Annotated[str, AfterValidator(_unicode)] | None = Field(
+        default=None, alias="fromName", max_length=100
+    )
+    message_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="To send one message twice; left out: made up.",
+    )
+    copies: int = Field(
+        default=1, ge=1, le=10, description="Deliver it so often: WhatsApp does now and then."
+    )
+
+
+class ReceiveAnswer(LoopbackModel):
+    """The message is with the server. `waiting`: what the account has not acknowledged."""
+
+    success: Literal[True] = True
+    message_id: str = Field(examples=["3A5F0C9A7E21D34B68AA"])
+    waiting: int = Field(examples=[1])
+
+
+class WaitingAnswer(LoopbackModel):
+    """What the account was sent and has not acknowledged: it is delivered at each login."""
+
+    count: int = Field(examples=[0])
 
 
 class ArrivedMessage(LoopbackModel):
@@ -195,6 +245,26 @@ def _add_phone(router: APIRouter, world: LoopbackWorld) -> None:
         asked = request or ScanRequest()
         phone = await world.scan(AccountId(account_id), asked.phone, code=asked.code)
         return ScanAnswer(account_id=account_id, phone=phone)
+
+    @router.post("/receive")
+    async def receive(request: ReceiveRequest) -> ReceiveAnswer:
+        """Be somebody who writes to the account. It is read at `GET /api/whatsapp/messages`."""
+        account_id = AccountId(request.account_id)
+        message_id = await world.receive(
+            account_id,
+            request.sender,
+            request.text,
+            sender_name=request.sender_name,
+            message_id=request.message_id,
+            copies=request.copies,
+        )
+        waiting = await world.count_waiting(account_id)
+        return ReceiveAnswer(message_id=message_id, waiting=waiting)
+
+    @router.get("/waiting/{account_id}")
+    async def waiting(account_id: AccountPath) -> WaitingAnswer:
+        """How many messages the account has not acknowledged."""
+        return WaitingAnswer(count=await world.count_waiting(AccountId(account_id)))
 
     @router.post("/unlink/{account_id}")
     async def unlink(account_id: AccountPath) -> CountAnswer:

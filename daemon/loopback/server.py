@@ -7,8 +7,9 @@ Never lives here: threads, tasks and waiting (`connector`, `world`), and the fil
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +17,17 @@ from daemon.loopback.behaviour import Behaviour, dump_behaviour, load_behaviour
 from daemon.loopback.database import is_alive, open_database, ring, sweep_signs
 from daemon.loopback.device import Device, Session, phone_of
 from daemon.loopback.mail import Mail, read_mail
+from daemon.loopback.waiting import (
+    WAITING_MAX,
+    Letter,
+    count_waiting,
+    forget,
+    list_waiting,
+    put,
+)
 from machine.ports import ConnectionClosed, SendRefused
 from machine.records import AccountId, MessageId
-from machine.refusals import NotAwaitingScan, Refusal
+from machine.refusals import AccountNotPaired, NotAwaitingScan, OutboxFull, Refusal
 
 MESSAGES_MAX = 100_000
 """Messages kept, duplicates included; the oldest are dropped. A message id that was dropped is no
@@ -255,6 +264,8 @@ class LoopbackServer:
             "INSERT OR REPLACE INTO login VALUES (?, ?, ?, ?)",
             (device.device_id, place.connection_id, place.bridge_id, place.account_id),
         )
+        for letter in list_waiting(self._database, place.account_id):
+            self._post(place.bridge_id, place.connection_id, "received", **asdict(letter))
         return phone
 
     def _linked_phone(self, place: Place, device: Device) -> str:
@@ -466,6 +477,54 @@ class LoopbackServer:
             "  ORDER BY seq DESC LIMIT ?)",
             (*name, *name, SESSIONS_PER_CONTACT_MAX),
         )
+
+    def receive(
+        self,
+        account_id: AccountId,
+        sender: str,
+        text: str,
+        *,
+        sender_name: str | None = None,
+        message_id: str | None = None,
+        copies: int = 1,
+    ) -> str:
+        """Send an account a message; its id.
+
+        It waits until a device of the account acknowledges it, and is delivered at each login
+        until then, and at once, `copies` times, to one that is logged in.
+        Raises `AccountNotPaired`, `OutboxFull`.
+        """
+        linked = self._database.execute(
+            "SELECT 1 FROM device WHERE account_id = ? AND removed = 0", (account_id,)
+        ).fetchone()
+        if linked is None:
+            raise AccountNotPaired(f"account {account_id} has no linked device: scan its QR code")
+        if count_waiting(self._database, account_id) >= WAITING_MAX:
+            raise OutboxFull(
+                f"{WAITING_MAX} messages wait for account {account_id} already: connect it first"
+            )
+        message_id = message_id or f"3A{secrets.token_hex(9).upper()}"
+        letter = put(
+            self._database,
+            account_id,
+            Letter(0, message_id, sender, sender_name, text, self._wall()),
+        )
+        logins = self._database.execute(
+            "SELECT bridge_id, connection_id FROM login WHERE account_id = ?", (account_id,)
+        ).fetchall()
+        for bridge_id, connection_id in logins:
+            if is_alive(self._directory, bridge_id):
+                for _ in range(copies):
+                    self._post(bridge_id, connection_id, "received", **asdict(letter))
+        return message_id
+
+    def acknowledge(self, place: Place, device_id: str, numbers: Sequence[int]) -> None:
+        """A device has stored these. Raises `ConnectionClosed`."""
+        self._require_current(place, device_id)
+        forget(self._database, place.account_id, numbers)
+
+    def count_waiting(self, account_id: AccountId) -> int:
+        return count_waiting(self._database, account_id)
 
     def is_on_whatsapp(self, place: Place, device_id: str, to: str) -> bool:
         """Raises `ConnectionClosed`."""

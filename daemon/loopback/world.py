@@ -51,6 +51,35 @@ class LoopbackWorld:
         """
         return await self._perform(lambda server: server.scan(account_id, phone, code))
 
+    async def receive(
+        self,
+        account_id: AccountId,
+        sender: str,
+        text: str,
+        *,
+        sender_name: str | None = None,
+        message_id: str | None = None,
+        copies: int = 1,
+    ) -> str:
+        """Send an account a message, as `sender`; its id. See `LoopbackServer.receive`.
+
+        Raises `AccountNotPaired`, `OutboxFull`.
+        """
+        return await self._perform(
+            lambda server: server.receive(
+                account_id,
+                sender,
+                text,
+                sender_name=sender_name,
+                message_id=message_id,
+                copies=copies,
+            )
+        )
+
+    async def count_waiting(self, account_id: AccountId) -> int:
+        """How many messages the account was sent and has not acknowledged."""
+        return await self._perform(lambda server: server.count_waiting(account_id), reading=True)
+
     async def unlink(self, account_id: AccountId) -> int:
         """Be the phone: remove the account's devices (401); how many there were."""
         return await self._perform(lambda server: server.unlink(account_id))
