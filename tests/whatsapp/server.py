@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -158,9 +159,9 @@ class FakeWhatsApp:
 
     async def wait_inbox(self, number: str, count: int) -> Inbox:
         """Wait until the phone shows at least so many messages."""
-        while len((inbox := await self.inbox(number)).shown) < count:
-            await trio.sleep(0.05)
-        return inbox
+        while await self._post(number, "wait-inbox", count=count, seconds=POLL_S) is not True:
+            pass
+        return await self.inbox(number)
 
     async def sent(self, number: str) -> list[Sent]:
         """What the phone sent."""
@@ -326,19 +327,23 @@ class WhatsAppProcess:
         self.pid = self._process.pid
         ready = read_line(self._process, START_S_MAX)
         if ready is None:
-            self._words.seek(0)
-            said = self._words.read().decode(errors="replace")[-2000:]
+            said = self._said()
             self.close()
             raise RuntimeError(f"the fake WhatsApp did not start:\n{said}")
         self.url = str(ready["url"])
         self._control = str(ready["control"])
 
     def close(self) -> None:
-        """SIGKILL to the whole process group."""
+        """SIGKILL to the whole process group. What it complained of is printed."""
         if self._process is not None:
             end_group(self._process)
             self._process = None
+        print(self._said(), end="", file=sys.stderr)
         self._words.close()
+
+    def _said(self) -> str:
+        self._words.seek(0)
+        return self._words.read().decode(errors="replace")[-2000:]
 
     @asynccontextmanager
     async def open_control(self) -> AsyncIterator[FakeWhatsApp]:

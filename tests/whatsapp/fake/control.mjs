@@ -110,6 +110,14 @@ const ROUTES = {
 		send
 	],
 	'GET /people/:number/inbox': [{}, inbox],
+	'POST /people/:number/wait-inbox': [
+		{ 'count!': count, seconds: count },
+		(world, { count: least, seconds = WAIT_S_MAX }, person) =>
+			world.waitUntil(
+				() => openAll(person).then(() => person.inbox.shownCount >= least),
+				Math.min(seconds, WAIT_S_MAX)
+			)
+	],
 	'GET /people/:number/sent': [{}, (_, __, person) => ({ sent: [...person.sent.values()] })],
 	'POST /people/:number/read': [{ 'from!': digits, ids: strings }, read],
 	'POST /people/:number/forget': [

@@ -1,6 +1,6 @@
 // What a person's phone has got: every arrival in order, and what the person sees of it.
 
-/** Arrivals that are kept; of more only the count is. */
+/** Arrivals that are kept, opened or not; what is more is dropped, and counted. */
 const ARRIVALS_MAX = 200_000
 
 export class Inbox {
@@ -11,11 +11,14 @@ export class Inbox {
 	#shown = new Map()
 	#unreadable = new Map()
 
-	/** Note that a message came; `read` or `fail` says later what became of it. */
+	/** Note that a message came; `read` or `fail` says later what became of it. Null: no room. */
 	add({ id, from, device, type }) {
+		if (this.arrivals.length >= ARRIVALS_MAX) {
+			this.dropped++
+			return null
+		}
 		const arrival = { id, from, device, type, at: Date.now() / 1000, text: null, error: null }
-		if (this.arrivals.length < ARRIVALS_MAX) this.arrivals.push(arrival)
-		else this.dropped++
+		this.arrivals.push(arrival)
 		return arrival
 	}
 
@@ -39,6 +42,10 @@ export class Inbox {
 	/** One message an id, as the person sees them. `times` is how often it came and was readable. */
 	get shown() {
 		return [...this.#shown.values()]
+	}
+
+	get shownCount() {
+		return this.#shown.size
 	}
 
 	/** Messages of which no copy could be read so far. */

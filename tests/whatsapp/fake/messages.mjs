@@ -4,8 +4,9 @@ import { wa } from './baileys.mjs'
 import { child, children, node, now, randomId, uint } from './nodes.mjs'
 
 const RETRIES_MAX = 5
-/** Texts of one person that can be sent again or asked for. */
+/** Texts of one person that can be sent again or asked for; the oldest are forgotten. */
 const SENT_MAX = 10_000
+/** Messages, acks and receipts of one account that can be held; one more is an error. */
 const HELD_MAX = 10_000
 
 // --- from a linked device --------------------------------------------------------------------
@@ -15,8 +16,12 @@ export function receiveMessage(connection, message) {
 	const { held, number } = device.person
 	world.note('message', { number, id: message.attrs.id })
 	if (held === null) accept(connection, device, message)
-	else if (held.length < HELD_MAX) held.push({ connection, device, message })
-	else throw new Error(`more than ${HELD_MAX} messages are held`)
+	else hold(held, { connection, device, message })
+}
+
+function hold(held, each) {
+	if (held.length >= HELD_MAX) throw new Error(`more than ${HELD_MAX} are held`)
+	held.push(each)
 }
 
 /** What was held takes its course, in order; `drop`: it is lost, as on a wire that was cut. */
@@ -37,7 +42,7 @@ function accept(connection, device, message) {
 	}
 	if (mode === 'good') ack()()
 	else if (mode === 'delay') setTimeout(ack(), delayMs)
-	else person.heldAcks.push(ack())
+	else hold(person.heldAcks, ack())
 	if (deliver) deliverAll(connection.world, device, message)
 }
 
@@ -80,6 +85,7 @@ function arrive(world, person, sender, id, enc) {
 	const { number } = sender.person
 	const { type } = enc.attrs
 	const arrival = person.inbox.add({ id, from: number, device: sender.id, type })
+	if (!arrival) return
 	world.note('arrived', { number: person.number, from: number, id })
 	if (person.isEager(world)) {
 		void openArrival(world, person, sender, arrival, enc, () => sendReceipt(person, sender, id))
@@ -96,19 +102,26 @@ export async function openAll(person) {
 }
 
 async function openArrival(world, person, sender, arrival, enc, confirm) {
-	const { number } = sender.person
+	const facts = { number: person.number, from: sender.person.number, id: arrival.id }
+	let text
 	try {
-		const padded = await person.phone.decrypt(number, sender.id, enc.attrs.type, enc.content)
-		const message = wa.proto.Message.decode(wa.unpadRandomMax16(padded))
-		person.inbox.read(arrival, message.conversation || message.extendedTextMessage?.text || '')
-		world.note('read', { number: person.number, from: number, id: arrival.id })
-		person.retries.delete(arrival.id)
-		confirm()
+		text = await decrypt(person.phone, sender, enc)
 	} catch (error) {
 		person.inbox.fail(arrival, error.message)
-		world.note('unreadable', { number: person.number, from: number, id: arrival.id })
+		world.note('unreadable', facts)
 		askAgain(person, sender, arrival.id)
+		return
 	}
+	person.inbox.read(arrival, text)
+	person.retries.delete(arrival.id)
+	world.note('read', facts)
+	confirm()
+}
+
+async function decrypt(phone, sender, enc) {
+	const padded = await phone.decrypt(sender.person.number, sender.id, enc.attrs.type, enc.content)
+	const message = wa.proto.Message.decode(wa.unpadRandomMax16(padded))
+	return message.conversation || message.extendedTextMessage?.text || ''
 }
 
 /** A phone that cannot read a message asks for it again. */
@@ -132,7 +145,7 @@ export function sendReceipt(person, device, id, type = undefined) {
 	const send = () => device.enqueue(node('receipt', { from: person.jid, id, t: now(), type }))
 	if (mode === 'good') send()
 	else if (mode === 'delay') setTimeout(send, delayMs)
-	else account.heldReceipts.push(send)
+	else hold(account.heldReceipts, send)
 }
 
 // --- from a phone to the devices of an account ---------------------------------------------------

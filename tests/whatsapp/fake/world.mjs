@@ -27,6 +27,7 @@ export class World {
 	#people = new Map()
 	#log = []
 	#counts = {}
+	#happened = 0
 	#waiting = new Set()
 	settings = { ...SETTINGS }
 
@@ -52,6 +53,7 @@ export class World {
 
 	/** Write down that something happened, count it, and wake who waits for it. Never a text. */
 	note(event, facts = {}) {
+		this.#happened++
 		this.#counts[event] = (this.#counts[event] ?? 0) + 1
 		this.#log.push({ at: Date.now() / 1000, event, ...facts })
 		if (this.#log.length > LOG_MAX) this.#log.splice(0, LOG_MAX / 2)
@@ -70,19 +72,25 @@ export class World {
 	async waitUntil(holds, seconds) {
 		const giveUpAt = Date.now() + seconds * 1000
 		for (;;) {
+			const before = this.#happened
 			const found = await holds()
 			const left = giveUpAt - Date.now()
 			if (found || left <= 0) return found
-			await new Promise(resolve => {
-				const wake = () => {
-					clearTimeout(timer)
-					this.#waiting.delete(wake)
-					resolve()
-				}
-				const timer = setTimeout(wake, left)
-				this.#waiting.add(wake)
-			})
+			// What happened while it was looked at may have been what is waited for.
+			if (this.#happened === before) await this.#nextEvent(left)
 		}
+	}
+
+	#nextEvent(withinMs) {
+		return new Promise(resolve => {
+			const wake = () => {
+				clearTimeout(timer)
+				this.#waiting.delete(wake)
+				resolve()
+			}
+			const timer = setTimeout(wake, withinMs)
+			this.#waiting.add(wake)
+		})
 	}
 
 	/** As at the start: nobody, nothing. Connections are cut. */
