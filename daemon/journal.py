@@ -42,7 +42,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from machine.events import EVENTS, EventKind
@@ -62,8 +62,39 @@ DEPTH_MAX = 5
 SUBSCRIPTION_EVENTS_MAX = 1_000
 CLOSE_WAIT_S = 1.0
 
-REQUEST_ID: ContextVar[str | None] = ContextVar("watchkeeper_request_id", default=None)
-"""The request being answered; the HTTP layer sets it, every line of the request carries it."""
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A request that is being answered, until it is `over`."""
+
+    request_id: str
+    over: bool = False
+
+
+_REQUEST: ContextVar[_Request | None] = ContextVar("watchkeeper_request", default=None)
+
+
+@contextmanager
+def answering(request_id: str) -> Iterator[None]:
+    """Let every line that is told meanwhile carry the request's id.
+
+    A task that is begun meanwhile inherits it, and keeps it only until the request is over: an
+    account that a request opened is nobody's request an hour later.
+    """
+    request = _Request(request_id)
+    former = _REQUEST.set(request)
+    try:
+        yield
+    finally:
+        request.over = True
+        _REQUEST.reset(former)
+
+
+def present_request() -> str | None:
+    """The id of the request that this task answers, or was begun by, if that still lasts."""
+    request = _REQUEST.get()
+    return None if request is None or request.over else request.request_id
+
 
 MASK = "***"
 SECRET_CHARACTERS_MIN = 8
@@ -227,6 +258,16 @@ class _LabelledGauge(Collector):
         yield family
 
 
+class _CountElsewhere(Collector):
+    """A counter read at each scrape."""
+
+    def __init__(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        self._name, self._help, self._read = name, help_text, read
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self._name, self._help, value=self._read())
+
+
 class Metrics:
     """Everything that `/metrics` shows. Names begin with `watchkeeper_` and end in their unit."""
 
@@ -247,6 +288,17 @@ class Metrics:
             registry=self.registry,
         )
         self.epoch = self._gauge("epoch", "The epoch acted under, or last seen.")
+        self.renewals = self._counter("lease_renewals", "Renewals of the lease.", ())
+        self.renewal_failures = self._counter(
+            "lease_renewal_failures", "Tries to renew the lease that failed, by cause.", ("cause",)
+        )
+        self.losses = self._counter("lease_losses", "Terms that ended without being asked to.", ())
+        self.send = Histogram(
+            "watchkeeper_send_seconds",
+            "From accepting a message to the server's acknowledgement.",
+            registry=self.registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
+        )
         self.last_renewal = self._gauge(
             "lease_last_renewal_timestamp_seconds", "When the lease was last renewed here."
         )
@@ -278,6 +330,16 @@ class Metrics:
     def _gauge(self, name: str, help_text: str) -> Gauge:
         return Gauge(f"watchkeeper_{name}", help_text, registry=self.registry)
 
+    def introduce(self, name: str, group: str, version: str) -> None:
+        """Say who this is, for the rules that speak of a whole group."""
+        info = Gauge(
+            "watchkeeper_instance_info",
+            "1, with the instance's name, its group and its version.",
+            ("name", "group", "version"),
+            registry=self.registry,
+        )
+        info.labels(name, group, version).set(1)
+
     def show_state(self, present: State) -> None:
         """Set the state gauge: 1 for the present one, 0 for the others."""
         for state in State:
@@ -286,6 +348,10 @@ class Metrics:
     def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
         """Add a gauge `watchkeeper_<name>` that is read at each scrape; `read` must not wait."""
         self._gauge(name, help_text).set_function(read)
+
+    def watch_count(self, name: str, help_text: str, read: Callable[[], float]) -> None:
+        """Add a counter `watchkeeper_<name>_total` that somebody else counts."""
+        self.registry.register(_CountElsewhere(f"watchkeeper_{name}", help_text, read))
 
     def watch_labelled(
         self, name: str, help_text: str, label: str, read: Callable[[], Mapping[str, float]]
@@ -308,7 +374,14 @@ class Metrics:
             self.transitions.labels(source.value, dest.value, str(fields["trigger"])).inc()
             self.show_state(dest)
         elif event == "lease.renewed":
+            self.renewals.inc()
             self.last_renewal.set_to_current_time()
+        elif event == "lease.renewal_failed":
+            self.renewal_failures.labels(str(fields.get("cause") or "unknown")).inc()
+        elif event == "lease.lost":
+            self.losses.inc()
+        elif event == "message.acked":
+            self.send.observe(_number(fields, "duration_s"))
         elif event == "session.restored":
             self.session_restore.observe(_number(fields, "duration_s"))
         elif event == "restore.finished":
@@ -478,7 +551,7 @@ class _Lines:
             entry["epoch"] = epoch
         if account_id := fields.get("account_id"):
             entry["accountId"] = account_id
-        if (request_id := REQUEST_ID.get()) is not None:
+        if (request_id := present_request()) is not None:
             entry["requestId"] = request_id
         if "logger" in extra:
             entry["logger"] = extra["logger"]
@@ -486,7 +559,7 @@ class _Lines:
         return _JSON.encode(entry)
 
     def _text_line(self, stamp: str, level: str, text: str) -> str:
-        request_id = REQUEST_ID.get()
+        request_id = present_request()
         suffix = f" [request {request_id}]" if request_id else ""
         moment = stamp.replace("T", " ").replace("+00:00", "Z")
         clean = _CONTROL.sub(_escaped, text + suffix)[:LINE_CHARACTERS_MAX]

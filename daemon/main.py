@@ -163,8 +163,14 @@ async def open_shared(settings: Settings, journal: LoguruJournal) -> AsyncIterat
             "kind",
             lambda: {kind: float(n) for kind, n in asdict(client.operations).items()},
         )
+        lease = FirestoreLeaseStore(client, settings.group, note_trouble=note_trouble)
+        journal.metrics.watch_count(
+            "fence_listener_restarts",
+            "How often the listener of the fence had to open its stream again.",
+            lambda: float(lease.listen_restarts),
+        )
         yield SharedStores(
-            FirestoreLeaseStore(client, settings.group, note_trouble=note_trouble),
+            lease,
             FirestoreAccountStore(client, settings.group),
             FirestoreOutboxStore(client, settings.group, note_trouble=note_trouble),
             FirestoreInboxStore(client, settings.group, note_trouble=note_trouble),
@@ -323,6 +329,7 @@ async def serve(settings: Settings, told: int | None = None) -> int:
         secrets=given,
         events={**EVENTS, **HTTP_EVENTS, **DAEMON_EVENTS},
     ) as journal:
+        journal.metrics.introduce(settings.instance_name, settings.group, daemon.__version__)
         code = EXIT_OK
         try:
             await _serve(settings, journal, told)
@@ -412,6 +419,18 @@ def _count_accounts(instance: Instance) -> dict[str, float]:
     return counts
 
 
+def _oldest_s(instance: Instance) -> float:
+    """How long the oldest pending message has waited; 0 without one."""
+    oldest_at = instance.term.desk.outbox_oldest_at if instance.term is not None else None
+    return 0.0 if oldest_at is None else max(0.0, time.time() - oldest_at)
+
+
+def _phases(instance: Instance) -> dict[str, float]:
+    """The phases of the newest restore, as its report names them."""
+    report = instance.restore_report
+    return {} if report is None else dict(report.durations)
+
+
 def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
     """Gauges that are read from the machine at each scrape."""
 
@@ -428,6 +447,17 @@ def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
     )
     watch("lease_remaining_seconds", "Until the lease ends if not renewed.", remaining_s)
     watch("outbox_messages", "Messages accepted and not yet acknowledged.", depth)
+    watch(
+        "outbox_oldest_seconds",
+        "How long the message that waits longest has waited, since it was accepted.",
+        partial(_oldest_s, instance),
+    )
+    journal.metrics.watch_labelled(
+        "restore_phase_seconds",
+        "How long each phase of the last restore took.",
+        "phase",
+        partial(_phases, instance),
+    )
 
 
 async def _run(

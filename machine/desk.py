@@ -132,6 +132,12 @@ class Desk:
         """Pending messages of all accounts."""
         return sum(session.outbox.depth for session in self._term.sessions.values())
 
+    @property
+    def outbox_oldest_at(self) -> float | None:
+        """When the message that has waited longest was accepted (wall clock)."""
+        oldest = (session.outbox.oldest_at for session in self._term.sessions.values())
+        return min((at for at in oldest if at is not None), default=None)
+
     def extend(self, deadline: float) -> None:
         """Move the end of every request that is being answered."""
         for visitor in self._visitors:

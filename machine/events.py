@@ -66,7 +66,7 @@ EVENTS: dict[str, EventKind] = {
     ),
     "lease.renewed": _debug("lease renewed (epoch {epoch}, renewal {renewals})"),
     "lease.renewal_failed": _warning(
-        "lease renewal {failures} failed (epoch {epoch}); the term ends by itself in "
+        "lease renewal {failures} failed ({cause}; epoch {epoch}); the term ends by itself in "
         "{remaining_s} s unless one succeeds"
     ),
     "lease.lost": _warning("lease lost (epoch {epoch}): {reason}"),

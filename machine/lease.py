@@ -127,6 +127,8 @@ class HeldLease:
     last: LastTerm = field(default_factory=LastTerm)
     renewals: int = 0
     last_renewal_at: float | None = None
+    failure: str = ""
+    """Why the last try to renew was not answered "done": see `cause_of`."""
 
     def extend(self, asked_at: float, boot_asked_at: float, timing: LeaseTiming) -> None:
         """Move both deadlines on from the moment a successful attempt was *asked*."""
@@ -397,11 +399,13 @@ async def renew_once(
             stamps = await store.write(write)
         assert stamps.lease_stamp is not None
         lease_stamp = stamps.lease_stamp
-    except UNCERTAIN:
+    except UNCERTAIN as error:
+        held.failure = cause_of(error)
         try:
             with trio.fail_after(timing.attempt_s):
                 view = await store.read()
-        except UNCERTAIN:
+        except UNCERTAIN as unread:
+            held.failure = cause_of(unread)
             return False
         verdict = judge(view, attempt)
         if verdict is Verdict.LOST:
@@ -478,6 +482,18 @@ async def release(
     return False
 
 
+def cause_of(error: BaseException) -> str:
+    """One word of a short list, for a metric: the store's own code, or what else went wrong."""
+    match error:
+        case StoreUnavailable():
+            return error.code
+        case LeaseRefused():
+            return "refused"
+        case LeaseMissing():
+            return "missing"
+    return "timeout"
+
+
 def describe_error(error: BaseException) -> str:
     """One line for a log: the kind of error and its own sentence."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -536,5 +552,6 @@ async def keep_lease(
                 "lease.renewal_failed",
                 epoch=held.grant.epoch,
                 failures=failures,
+                cause=held.failure,
                 remaining_s=round(held.deadline - trio.current_time(), 3),
             )

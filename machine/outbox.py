@@ -95,6 +95,11 @@ class AccountOutbox:
         return len(self._pending) + self._reserved
 
     @property
+    def oldest_at(self) -> float | None:
+        """When the message that has waited longest was accepted (wall clock)."""
+        return next((message.created_at for message in self._pending.values()), None)
+
+    @property
     def idle(self) -> bool:
         """Nothing is pending: what is accepted now can go out at once."""
         return self.depth == 0

@@ -660,7 +660,10 @@ class Session:
             applied=lambda: self.outbox.put(acked),
         )
         self._ports.journal.note(
-            "message.acked", account_id=self.account_id, message_id=message.message_id
+            "message.acked",
+            account_id=self.account_id,
+            message_id=message.message_id,
+            duration_s=max(0.0, acked.updated_at - message.created_at),
         )
 
     async def _is_on_whatsapp(self, connection: Connection, to: str) -> bool:

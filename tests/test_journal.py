@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from daemon.journal import (
     MASK,
-    REQUEST_ID,
     LineWriter,
     LoguruJournal,
     Metrics,
     Redaction,
+    answering,
     open_journal,
+    present_request,
 )
 from machine.events import EVENTS
 from machine.ports import Journal, Level
@@ -68,14 +70,31 @@ def test_text_line_tells_the_event_in_its_sentence() -> None:
     assert line.count("\n") == 1
 
 
+async def test_a_task_that_a_request_began_carries_its_id_no_longer_than_it_lasts() -> None:
+    seen: list[str | None] = []
+
+    async def look(at: trio.Event) -> None:
+        await at.wait()
+        seen.append(present_request())
+
+    during, after = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        with answering("r1"):
+            nursery.start_soon(look, during)
+            nursery.start_soon(look, after)
+            during.set()
+            await trio.testing.wait_all_tasks_blocked()
+        after.set()
+    assert seen == ["r1", None]
+
+
 def test_json_line_has_what_a_script_needs() -> None:
     with opened(json_lines=True) as (journal, stream):
         journal.note(
             "transition.made", **transition(State.PASSIVE, State.ACTIVE, Trigger.ACTIVATE, 4)
         )
-        held = REQUEST_ID.set("r1")
-        journal.note("account.created", account_id="sales")
-        REQUEST_ID.reset(held)
+        with answering("r1"):
+            journal.note("account.created", account_id="sales")
     made, created = lines_of(stream)
     assert made["message"] == "PASSIVE -> ACTIVE (activate): lease acquired"
     assert created | {"ts": ""} == {

@@ -21,6 +21,7 @@ from daemon.http.auth import Guard
 from daemon.http.errors import ApiError, ErrorCode, error_body, error_headers
 from daemon.http.ports import ApiSettings, InstancePort, MakeMessageId
 from daemon.http.server import Note
+from daemon.journal import answering
 from machine.records import AccountId, MessageId
 from machine.states import State
 
@@ -122,7 +123,8 @@ class Edge:
         )
         outbound = _Outbound(self, inbound, send)
         try:
-            await self._answer(inbound, receive, outbound)
+            with answering(inbound.request_id):
+                await self._answer(inbound, receive, outbound)
         except ApiError as error:
             await outbound.refuse(error, receive)
         except Exception as error:  # noqa: BLE001  (a bug: told, answered 500, and only this request)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 
 from daemon.http.auth import OPEN_PATHS, Tokens
 from daemon.http.errors import MEANINGS, STATUS_OF, ErrorCode, from_refusal
+from daemon.journal import present_request
 from machine.states import State
 from tests.http.asking import Asking, asked_in_process
 from tests.http.fakes import (
@@ -253,6 +254,19 @@ async def test_further_routes_are_behind_the_token_and_get_the_same_errors(
         assert (await api.post("/api/loopback/scan/x")).json() == {"accountId": "x"}
         del api.client.headers["authorization"]
         assert (await api.post("/api/loopback/scan/x")).status_code == 401
+
+
+async def test_what_a_request_causes_in_the_log_carries_its_id(instance: FakeInstance) -> None:
+    router = APIRouter(prefix="/api/loopback")
+
+    @router.get("/present")
+    async def present() -> dict[str, str | None]:
+        return {"requestId": present_request()}
+
+    async with asked_in_process(instance, routers=[router]) as api:
+        answer = await api.get("/api/loopback/present", headers={"x-request-id": "mine-42"})
+    assert answer.json() == {"requestId": "mine-42"}
+    assert present_request() is None
 
 
 def test_contradicting_settings_are_refused_with_their_numbers() -> None:
