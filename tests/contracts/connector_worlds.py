@@ -23,6 +23,7 @@ from tests.fakes.journal import RecordingJournal
 ANNA = AccountId("anna")
 PHONE = "4915550000001"
 STRANGER = "4915599999999"
+WRITER = "4917012345678"
 """A number without WhatsApp."""
 
 
@@ -31,7 +32,8 @@ class ConnectorWorld:
     """Two instances' ways to one WhatsApp, and what people do there.
 
     `scan(qr)` is done by Anna's phone; `cut` and `unlink` befall her account. `shown(to)` is what a
-    recipient could read; `unreadable(to)` how many messages it could not.
+    recipient could read; `unreadable(to)` how many messages it could not. `write(text)` has
+    `WRITER` write to her.
     """
 
     connector: Connector
@@ -42,6 +44,7 @@ class ConnectorWorld:
     shown: Callable[[str], Awaitable[list[tuple[str, str]]]]
     unreadable: Callable[[str], Awaitable[int]]
     evictions: Callable[[], Awaitable[int]]
+    write: Callable[[str], Awaitable[None]]
 
 
 def open_connector_world(
@@ -80,8 +83,11 @@ async def _open_fake() -> AsyncIterator[ConnectorWorld]:
     async def evictions() -> int:
         return len(world.evictions)
 
+    async def write(text: str) -> None:
+        world.post(ANNA, f"3A{len(world.mail_delivered)}", text, sender=WRITER)
+
     yield ConnectorWorld(
-        world.connector(), world.connector(), scan, cut, unlink, shown, unreadable, evictions
+        world.connector(), world.connector(), scan, cut, unlink, shown, unreadable, evictions, write
     )
 
 
@@ -111,6 +117,9 @@ async def _open_loopback(directory: Path) -> AsyncIterator[ConnectorWorld]:
     async def evictions() -> int:
         return (await world.list_evictions())[0]
 
+    async def write(text: str) -> None:
+        await world.receive(ANNA, WRITER, text)
+
     try:
         yield ConnectorWorld(
             LoopbackConnector(directory, timing=timing),
@@ -121,6 +130,7 @@ async def _open_loopback(directory: Path) -> AsyncIterator[ConnectorWorld]:
             shown,
             unreadable,
             evictions,
+            write,
         )
     finally:
         world.close()
@@ -176,7 +186,10 @@ async def _open_baileys() -> AsyncIterator[ConnectorWorld]:
         async def evictions() -> int:
             return (await server.counts()).get("conflict", 0)
 
+        async def write(text: str) -> None:
+            await server.send(WRITER, PHONE, [text])
+
         async with make() as connector, make() as another:
             yield ConnectorWorld(
-                connector, another, scan, cut, unlink, shown, unreadable, evictions
+                connector, another, scan, cut, unlink, shown, unreadable, evictions, write
             )

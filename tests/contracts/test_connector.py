@@ -27,6 +27,7 @@ from tests.contracts.connector_worlds import (
     ANNA,
     PHONE,
     STRANGER,
+    WRITER,
     ConnectorWorld,
     open_connector_world,
 )
@@ -273,6 +274,34 @@ async def test_sessions_in_doubt_are_told_as_gone_before_the_login(
                 await listener.send(2, "two")
         assert [text for _, text in await world.shown(TO)] == ["one", "two"]
         assert await world.unreadable(TO) == 0
+
+
+async def test_a_message_comes_again_until_it_was_stored_and_then_not_any_more(
+    world: ConnectorWorld,
+) -> None:
+    with trio.fail_after(WITHIN_S):
+        async with world.connector.open_bridge() as bridge:
+            keys = await pair(bridge, world)
+            async with connected(bridge, keys) as listener:
+                await listener.send(1, "one")
+            before = dict(keys)
+            async with connected(bridge, dict(keys)) as listener:
+                listener.storing = False
+                await world.write("Hällo 🙂")
+                lost = await listener.wait(MessageReceived)
+            # Neither the message nor its keys were stored: an instance has crashed.
+            async with connected(bridge, before) as listener:
+                again = await listener.wait(MessageReceived)
+                assert again.message.message_id == lost.message.message_id
+                assert again.message.text == lost.message.text == "Hällo 🙂"
+                assert again.message.account_id == ANNA
+                assert again.message.sender == again.message.chat == WRITER
+                assert again.keys is not None
+                await listener.send(2, "two")
+            async with connected(bridge, before) as listener:
+                await world.write("after it")
+                only = await listener.wait(MessageReceived)
+                assert only.message.text == "after it"
 
 
 async def test_a_number_without_whatsapp_is_told_from_one_with(world: ConnectorWorld) -> None:
