@@ -8,6 +8,9 @@ const CREDS = 'creds'
 /** Baileys goes on with these only when they are durable: somebody else relies on them. */
 const DURABLE_FIRST = new Set(['pre-key', 'app-state-sync-key', 'app-state-sync-version'])
 
+/** Told with the next other change: a cache of the server's answers, written at each login. */
+const TOLD_LATER = new Set(['device-list'])
+
 /** The keys hold no credentials that can be read. Its message holds nothing of them. */
 export class KeysUnusable extends Error {}
 
@@ -32,6 +35,7 @@ export function keyName(type, id) {
 export class AccountKeys {
 	#texts
 	#changed = new Set()
+	#changedForLater = new Set()
 	#credsText
 	/** @type {Set<string> | null} */
 	#read = null
@@ -84,16 +88,13 @@ export class AccountKeys {
 	takeChanges() {
 		const changes = {}
 		if (this.held) return changes
+		for (const name of this.#changedForLater) this.#changed.add(name)
+		this.#changedForLater.clear()
 		for (const name of this.#changed) {
 			if (this.#read?.has(name)) continue
 			this.#changed.delete(name)
-			if (name !== CREDS) {
-				changes[name] = this.#texts.get(name) ?? null
-				continue
-			}
-			const text = toText(this.creds)
-			// Baileys announces many updates that change nothing.
-			if (text !== this.#credsText) changes[CREDS] = this.#credsText = text
+			if (name === CREDS) changes[CREDS] = this.#credsText = toText(this.creds)
+			else changes[name] = this.#texts.get(name) ?? null
 		}
 		return changes
 	}
@@ -122,8 +123,9 @@ export class AccountKeys {
 		while (this.isReading) await this.#whenRead
 	}
 
-	/** Baileys has changed `creds`, which it shares with us. */
+	/** Baileys says that it has changed `creds`, which it shares with us. Often it has not. */
 	credsChanged() {
+		if (toText(this.creds) === this.#credsText) return Promise.resolve()
 		this.#changed.add(CREDS)
 		return this.onChange(true)
 	}
@@ -186,18 +188,27 @@ export class AccountKeys {
 		let durableFirst = false
 		for (const [type, values] of Object.entries(data)) {
 			for (const [id, value] of Object.entries(values)) {
-				const name = keyName(type, id)
-				if (value) this.#texts.set(name, toText(value))
-				else this.#texts.delete(name)
 				// A pre-key that was used up may go late: the server gives each out once.
 				const isUrgent = Boolean(value) && DURABLE_FIRST.has(type)
-				const changed = isUrgent ? this.#changed : (this.#read ?? this.#changed)
-				changed.add(name)
 				durableFirst ||= isUrgent
+				const name = keyName(type, id)
+				// At each login Baileys writes some that are as they were.
+				if (!this.#put(name, value ? toText(value) : undefined)) continue
+				if (TOLD_LATER.has(type)) this.#changedForLater.add(name)
+				else if (isUrgent) this.#changed.add(name)
+				else (this.#read ?? this.#changed).add(name)
 			}
 		}
 		const told = this.onChange(durableFirst)
 		if (durableFirst) await told
+	}
+
+	/** Whether it was something else before. */
+	#put(name, text) {
+		if (this.#texts.get(name) === text) return false
+		if (text === undefined) this.#texts.delete(name)
+		else this.#texts.set(name, text)
+		return true
 	}
 
 	#value(name) {

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ class NodeProcess:
     """The process and our end of its line, which tests may take up one after the other."""
 
     def __init__(self) -> None:
+        self.printed = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self._line = ours.dup()
@@ -140,6 +142,8 @@ class NodeProcess:
                 cwd=NODE_SIDE,
                 pass_fds=(theirs.fileno(),),
                 env={"PATH": os.environ["PATH"]},
+                stdout=self.printed,
+                stderr=self.printed,
             )
         self.ids = count(1)
         self.numbers = count(1)
@@ -158,6 +162,7 @@ class NodeProcess:
         self.process.kill()
         self.process.wait()
         self._line.close()
+        self.printed.close()
 
 
 class NodeBridge:
@@ -165,6 +170,8 @@ class NodeBridge:
 
     def __init__(self, shared: NodeProcess, line: trio.SocketStream) -> None:
         self.process = shared.process
+        self.printed = shared.printed
+        """What it wrote to its standard streams."""
         self.logs: list[Frame] = []
         self.stray: list[Frame] = []
         """Replies to calls that a test wrote by itself."""

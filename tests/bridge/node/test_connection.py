@@ -222,6 +222,21 @@ async def test_server_is_told_of_new_pre_keys_only_when_they_are_stored(
     assert device.pre_keys == len(stored) > 0
 
 
+async def test_account_that_finds_everything_as_it_was_writes_nothing(
+    node: NodeBridge, whatsapp: FakeWhatsApp
+) -> None:
+    await whatsapp.change(SHOP, preKeyCount=500)
+    account = await pair(node, whatsapp)
+    with trio.fail_after(SOON_S):
+        link = await log_in(node, account)
+        await link.send("3EB0A1", ANNA, "one")
+        await trio.sleep(0.3)
+        await link.call("close")
+        again = await log_in(node, account)
+        await trio.sleep(0.3)
+    assert again.asks == []
+
+
 # --- closing ---------------------------------------------------------------------------------
 
 
@@ -388,6 +403,8 @@ async def test_no_log_record_holds_a_number_a_text_or_a_key(
     printed = json.dumps(node.logs, ensure_ascii=False)
     consoles = [each["message"] for each in node.logs if "console." in each["message"]]
     assert any("session" in each for each in consoles)
+    node.printed.seek(0)
+    assert node.printed.read() == b""
     # Objects are described by their kind: nothing of them is shown.
     assert [each for each in consoles if re.search(r"[\[{]", each)] == []
     creds = json.loads((account.keys or {})["creds"])

@@ -277,6 +277,8 @@ function newKeys() {
 
 test('what reading a message changes is handed out with it, and not before', async () => {
 	const { keys, store } = newKeys()
+	await store.set({ 'pre-key': { 5: 'old' } })
+	keys.takeChanges()
 	await store.set({ session: { 'anna.0': 'sent to' } })
 	keys.beginReading()
 	await store.set({ session: { 'anna.0': 'read from' }, 'pre-key': { 5: null } })
@@ -295,12 +297,16 @@ test('what reading a message changes is handed out with it, and not before', asy
 test('a change is told once, at its last value, and credentials that are the same are not told', async () => {
 	const { keys, store } = newKeys()
 	await store.set({ session: { 'anna.0': 1 }, 'lid-mapping': { 491: 'a' } })
-	await store.set({ session: { 'anna.0': 2 }, 'lid-mapping': { 491: null } })
+	await store.set({ session: { 'anna.0': 2 }, 'lid-mapping': { 491: null, 492: null } })
 	await keys.credsChanged()
 	assert.deepEqual(keys.takeChanges(), { 'session-anna.0': '2', 'lid-mapping-491': null })
+	await store.set({ session: { 'anna.0': 2 }, 'lid-mapping': { 491: null } })
+	assert.deepEqual(keys.takeChanges(), {})
+	await store.set({ 'device-list': { 491: ['0'] } })
+	assert.ok(!keys.hasChanges)
 	keys.creds.nextPreKeyId = 7
 	await keys.credsChanged()
-	assert.deepEqual(Object.keys(keys.takeChanges()), ['creds'])
+	assert.deepEqual(Object.keys(keys.takeChanges()), ['creds', 'device-list-491'])
 })
 
 test('only what the server relies on makes Baileys wait', async () => {
@@ -366,6 +372,11 @@ test('what Baileys wrote into files is read as Baileys reads it, and written as 
 		for (const [type, each] of Object.entries(SAMPLES)) {
 			const theirs = await state.keys.get(type, Object.keys(each))
 			assert.ok(isDeepStrictEqual(await store.get(type, Object.keys(each)), theirs), type)
+		}
+		await store.set(SAMPLES)
+		assert.deepEqual(loaded.takeChanges(), {})
+		for (const [type, each] of Object.entries(SAMPLES)) {
+			await store.set({ [type]: Object.fromEntries(Object.keys(each).map(id => [id, null])) })
 		}
 		await store.set(SAMPLES)
 		const changes = loaded.takeChanges()
