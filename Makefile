@@ -43,6 +43,9 @@ system-test: $(DEV) ## run the tests that start real processes, the long ones to
 simulate: $(DEV) ## run simulated worlds: SEEDS=100 MINUTES=10; docs/simulation.md
 	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --minutes $(MINUTES) $(ARGS)
 
+torture: $(DEV) ## break real processes on a real emulator: MINUTES=10 SEED=…; docs/torture.md
+	@$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 check: $(DEV) ## format, lint, types, layers, generated docs: everything but the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -85,4 +88,4 @@ $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.
 $(BAILEYS): daemon/bridge/node/package-lock.json daemon/bridge/node/package.json | $(RUN)
 	@$(BIN)/watchkeeper setup-whatsapp && touch $(BAILEYS)
 
-.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate check format bench docs lock install-systemd uninstall-systemd ci clean
+.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate torture check format bench docs lock install-systemd uninstall-systemd ci clean
