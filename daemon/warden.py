@@ -421,5 +421,5 @@ def tell(state: State, event: str, **fields: object) -> None:
         line = f"{moment}Z {level.upper():<7} {state.instance} | {message}"
     poll = select.poll()
     poll.register(2, select.POLLOUT)
-    if any(event & select.POLLOUT for _, event in poll.poll(0)):
+    if any(ready & select.POLLOUT for _, ready in poll.poll(0)):
         os.write(2, line.encode()[: LINE_BYTES_MAX - 1] + b"\n")

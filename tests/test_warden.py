@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,9 +65,12 @@ class Scene:
 
 
 @contextmanager
-def scene(name: str, stdin: int = subprocess.DEVNULL, **popen: object) -> Iterator[Scene]:
+def scene(
+    name: str, *before: str, stdin: int = subprocess.DEVNULL, **popen: object
+) -> Iterator[Scene]:
+    """A scene for the block; `before` is a command that starts it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.warden_scenes", name],
+        [*before, sys.executable, "-m", "tests.warden_scenes", name],
         cwd=ROOT,
         stdin=stdin,
         stdout=subprocess.PIPE,
@@ -99,6 +103,16 @@ def alive(pid: int) -> bool:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def pid_inside(pid: int) -> int:
+    """A process's number in its own namespace."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"^NSpid:.*\s(\d+)$", status, re.MULTILINE)[0])
 
 
 def wait_dead(pid: int) -> None:
@@ -196,6 +210,32 @@ def test_orphans_are_reaped() -> None:
             assert time.monotonic() < give_up_at, "it is a zombie"
             time.sleep(0.01)
         assert alive(played.process.pid)
+
+
+NEW_PIDS = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*NEW_PIDS, "true"], capture_output=True, check=False).returncode != 0,
+    reason="no right to make a process namespace",
+)
+def test_as_process_1_of_a_container_it_takes_signals_and_orphans() -> None:
+    with scene("leaves_orphans", *NEW_PIDS) as played:
+        orphan = int(played.wait_line("orphan")[1])
+        _, daemon, parent, _ = played.wait_line("ready")
+        assert int(parent) == 1
+        (init,) = children(played.process.pid)
+        assert {pid_inside(child) for child in children(init)} == {int(daemon), orphan}
+        give_up_at = time.monotonic() + WAIT_S
+        while len(children(init)) > 1:
+            assert time.monotonic() < give_up_at, "the orphan is a zombie"
+            time.sleep(0.01)
+        # What has no handler in process 1 is not even delivered.
+        for _ in range(2):
+            os.kill(init, signal.SIGTERM)
+            played.wait_line("SIGTERM")
+        assert played.end() == 0
 
 
 # --- whom it kills

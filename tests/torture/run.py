@@ -74,12 +74,16 @@ async def running(world: World, history: History) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
-async def torture(seed: int, minutes: float, *, directory: Path, tell: bool = False) -> Outcome:
+async def torture(
+    seed: int, minutes: float, *, directory: Path, warden: bool = True, tell: bool = False
+) -> Outcome:
     """Run storms and calms for about `minutes`, then take the store away for good."""
     began = trio.current_time()
     calms: list[float] = []
     with small_disks(directory) as disks:
         async with open_world(directory, seed, disks) as world:
+            if not warden:
+                world.dismiss_wardens()
             history = History(world)
             nemesis = Nemesis(world, history, seed, disks, tell)
             async with running(world, history):
@@ -135,10 +139,12 @@ async def _lose_the_store(world: World, history: History) -> None:
         history.violated(f"epoch {told['instance']['epoch']} was granted again")
 
 
-def run(seed: int, minutes: float, *, tell: bool = False) -> Outcome:
+def run(seed: int, minutes: float, *, warden: bool = True, tell: bool = False) -> Outcome:
     """Torture a group in a directory that is gone afterwards, unless a claim was violated."""
     directory = Path(tempfile.mkdtemp(prefix="watchkeeper-torture-"))
-    outcome = trio.run(lambda: torture(seed, minutes, directory=directory, tell=tell))
+    outcome = trio.run(
+        lambda: torture(seed, minutes, directory=directory, warden=warden, tell=tell)
+    )
     if not outcome.violations:
         shutil.rmtree(directory)
     elif tell:

@@ -96,6 +96,11 @@ class World:
     def project(self) -> str:
         return self.cluster.env["WATCHKEEPER_FIRESTORE_PROJECT"]
 
+    def dismiss_wardens(self) -> None:
+        """Run every daemon alone; what stops or kills a warden then hits the daemon."""
+        for seat in self.seats:
+            seat.node.command = ("daemon", "run", "--no-warden")
+
     # --- a supervisor for each
 
     async def keep_running(self, seat: Seat) -> None:
