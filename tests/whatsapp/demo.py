@@ -8,6 +8,7 @@ happens while it happens, and at the end whether anything was lost. Exits with 1
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -188,6 +189,9 @@ async def wait_heard(whatsapp: FakeWhatsApp) -> int:
 
 
 async def main() -> int:
+    if shutil.which("node") is None:
+        say("The real Baileys needs Node.js 20 or later on the PATH: install it, and try again.")
+        return 2
     with tempfile.TemporaryDirectory(prefix="watchkeeper-demo-") as name:
         directory = Path(name)
         async with open_whatsapp() as whatsapp:
