@@ -379,7 +379,7 @@ class QrShown:
 
 @dataclass(frozen=True, slots=True)
 class PairingScanned:
-    """The phone has scanned; the login follows."""
+    """The phone has scanned; the new identity's keys follow, and its login."""
 
 
 @dataclass(frozen=True, slots=True)
