@@ -147,7 +147,6 @@ class BridgeProcess:
         self.reason: str | None = None
         self.stopped = False
         """Killed because it was not wanted any more."""
-        self.baileys = ""
         self.plan = plan
         self._journal = journal
         self._child: subprocess.Popen[bytes] | None = None
@@ -313,7 +312,6 @@ class BridgeProcess:
         if starting.cancelled_caught:
             self.kill(f"it did not start within {self.plan.start_s:g} s")
             return
-        self.baileys = done.baileys
         self._ready.set()
         self._note(
             "bridge.started",

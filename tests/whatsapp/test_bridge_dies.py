@@ -14,7 +14,7 @@ from tests.system.cluster import Cluster, Node
 from tests.whatsapp.server import FakeWhatsApp
 from tests.whatsapp.steps import open_whatsapp_cluster, pair
 
-pytestmark = [pytest.mark.node, pytest.mark.system]
+pytestmark = [pytest.mark.node, pytest.mark.system, pytest.mark.long]
 
 PHONE = "4915550000001"
 CONTACT = "4915112345678"
