@@ -28,9 +28,8 @@ export function keyName(type, id) {
  *
  * Between calls: `#texts` is what is true now, and `#changed` names what differs from what
  * `takeChanges` has handed out. `held` keys (a pairing that no phone has confirmed) hand out
- * nothing.
- * While a message is read, what that changes is in `#read` and not handed out: stored without the
- * message, it would make the server's next copy of it unreadable.
+ * nothing. While a message is read, what that changes is in `#read` and not handed out: stored
+ * without the message, it would make the server's next copy of it unreadable.
  */
 export class AccountKeys {
 	#texts
@@ -73,11 +72,6 @@ export class AccountKeys {
 	/** The account's own phone number. */
 	get phone() {
 		return jidDecode(this.creds.me?.id)?.user ?? ''
-	}
-
-	/** How many values are in memory. */
-	get size() {
-		return this.#texts.size
 	}
 
 	get hasChanges() {
@@ -156,7 +150,7 @@ export class AccountKeys {
 
 	/**
 	 * What Baileys reads and writes its keys through. Parsed values are kept while they are used.
-	 * @param {import('baileys').SignalKeyStore} logger
+	 * @param {ReturnType<import('./logger.mjs').makeLogger>} logger
 	 */
 	signalStore(logger) {
 		const store = { get: (type, ids) => this.#get(type, ids), set: data => this.#set(data) }
