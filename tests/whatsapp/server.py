@@ -181,7 +181,7 @@ class FakeWhatsApp:
         await self._post(number, "forget", session=account)
 
     async def change(self, number: str, **facts: bool | int | str | None) -> None:
-        """Set `exists`, `decrypt` ('eager', 'lazy' or `None`), `preKeyCount` (or `None`)."""
+        """Set `exists`, `spelledAs`, `decrypt`, `preKeyCount`: README.md."""
         await self._post(number, "", **facts)
 
     async def unlink(self, number: str) -> None:

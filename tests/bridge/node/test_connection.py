@@ -50,6 +50,16 @@ async def test_number_that_is_not_on_whatsapp_is_told(
     assert await link.call("onWhatsApp", to=BERND) == {"exists": False}
 
 
+async def test_number_that_whatsapp_spells_otherwise_is_told_as_unknown(
+    node: NodeBridge, whatsapp: FakeWhatsApp
+) -> None:
+    link = await log_in(node, await pair(node, whatsapp))
+    typed, spelled = "5511987654321", "551187654321"
+    await whatsapp.change(typed, spelledAs=spelled)
+    assert await link.call("onWhatsApp", to=typed) == {"exists": False}
+    assert await link.call("onWhatsApp", to=spelled) == {"exists": True}
+
+
 # --- pairing ---------------------------------------------------------------------------------
 
 

@@ -75,7 +75,12 @@ const ROUTES = {
 	],
 	'GET /people/:number': [{}, (_, __, person) => describePerson(person)],
 	'POST /people/:number': [
-		{ exists: isA('boolean'), decrypt: orNull(oneOf('eager', 'lazy')), preKeyCount: orNull(count) },
+		{
+			exists: isA('boolean'),
+			spelledAs: orNull(digits),
+			decrypt: orNull(oneOf('eager', 'lazy')),
+			preKeyCount: orNull(count)
+		},
 		(_, facts, person) => describePerson(Object.assign(person, facts))
 	],
 	'POST /people/:number/close': [

@@ -27,6 +27,8 @@ export class Policy {
 export class Person {
 	/** Whether WhatsApp knows the number. */
 	exists = true
+	/** The number under which WhatsApp knows whoever asks for this one; null: this one. */
+	spelledAs = null
 	/** 'eager', or 'lazy': only when the inbox is asked for. `null`: as the world's setting says. */
 	decrypt = null
 	phone = new Phone()

@@ -90,10 +90,12 @@ function lookUp({ world }, received) {
 	const usync = child(received, 'usync')
 	const protocols = new Set(child(usync, 'query').content.map(({ tag }) => tag))
 	const users = children(child(usync, 'list'), 'user').map(each => {
-		const number = each.attrs.jid
-			? addressOf(each.attrs.jid)?.number
-			: textOf(child(each, 'contact')).replace(/^\+/, '')
-		return describe(world, world.person(number), each.attrs.jid, protocols)
+		const { jid } = each.attrs
+		if (jid) return describe(world, world.person(addressOf(jid)?.number), jid, protocols)
+		// Asked for by a number as somebody typed it: the answer has it as WhatsApp spells it.
+		const typed = world.person(textOf(child(each, 'contact')).replace(/^\+/, ''))
+		const person = typed.spelledAs ? world.person(typed.spelledAs) : typed
+		return describe(world, person, person.jid, protocols)
 	})
 	return [node('usync', {}, [node('list', {}, users)])]
 }
@@ -111,7 +113,7 @@ function describe(world, person, jid, protocols) {
 	if (protocols.has('lid') && person.exists && world.settings.lids) {
 		content.push(node('lid', { val: person.lidJid }))
 	}
-	return node('user', { jid: jid ?? person.jid }, content)
+	return node('user', { jid }, content)
 }
 
 function syncAppState(_, received) {
