@@ -112,6 +112,7 @@ class Instance:
         self._epoch_floor = 0
         # The last epoch that was held with this disk.
         self._held_here = 0
+        self._fell_until = -math.inf
         self._stand_back_until = -math.inf
         self._told_holder: tuple[str, int] | None = None
         self._fence: Fence | None = None
@@ -349,6 +350,7 @@ class Instance:
                 beat = await self._ports.lease.read_heartbeat()
             view = with_heartbeat(known, beat)
             if view is not None:
+                self._note_epoch(view)
                 self._view, self._seen_at = view, trio.current_time()
                 self._sighting.see(view, self._seen_at)
                 if self._wait_s(view, asked_at) > 0:
@@ -365,6 +367,7 @@ class Instance:
         return max(
             self._sighting.free_in(view, self.identity, asked_at, grace_s),
             self._stand_back_until - asked_at,
+            self._fell_until - asked_at,
         )
 
     def _next_look(self, view: LeaseView, asked_at: float, wait_s: float) -> float:
@@ -423,6 +426,7 @@ class Instance:
 
     def _see(self, view: LeaseView, read_at: float) -> None:
         """Take note of the documents, and tell whom they name when that is news."""
+        self._note_epoch(view)
         self._view, self._seen_at = view, read_at
         self._sighting.see(view, read_at)
         self._note_holder(view.fence)
@@ -431,6 +435,20 @@ class Instance:
         if lease.state is LeaseState.HELD and told != self._told_holder:
             self._told_holder = told
             self._ports.journal.note("restore.skipped", holder=lease.holder, epoch=view.fence.epoch)
+
+    def _note_epoch(self, view: LeaseView) -> None:
+        """Remember the highest epoch; wait a ttl when the documents have forgotten it.
+
+        They are then those of a backup. Whoever acts under the epoch that they have lost may not
+        have noticed yet, and the lease that they show as free is not.
+        """
+        epoch = max(view.lease.epoch, view.fence.epoch)
+        if epoch >= self._epoch_floor:
+            self._epoch_floor, self._fell_until = epoch, -math.inf
+        elif self._fell_until == -math.inf:
+            before_s = 0.0 if self._view is None else self._view.lease.ttl_s
+            ttl_s = max(view.lease.ttl_s, before_s, self._timing.ttl_s)
+            self._fell_until = trio.current_time() + ttl_s
 
     def _note_holder(self, fence: Fence) -> None:
         holder = None
@@ -492,6 +510,9 @@ class Instance:
             self._poke()
             if ended is None or ended.release:
                 await self._release(held, ended, settled=term is not None and term.settled)
+        if term is not None and term.outranked:
+            # Whoever acts under that epoch may not know of ours: he has stopped after a ttl.
+            self._stand_back_until = trio.current_time() + self._timing.ttl_s
         if ended.stand_back:
             self._stand_back_until = trio.current_time() + self._limits.stand_back_s
         await self._keep_report()

@@ -315,7 +315,7 @@ class Restore:
         known = set(self._term.sessions)
         missing = [c for c in shared.copies if c.account.account_id not in known]
         choices = await self._choose(replace(shared, copies=tuple(missing)), None)
-        self._check_epoch(choices)
+        self._check_epoch(choices, written=True)
         await self._bring_to_memory(choices, shared, None)
         self._update(found_shared=len(shared.copies), total=len(self._term.sessions))
         added = [s for account_id, s in self._term.sessions.items() if account_id not in known]
@@ -345,17 +345,19 @@ class Restore:
             copies.append(copy if fault is None else replace(copy, fault=fault))
         return replace(listing, copies=tuple(copies))
 
-    def _check_epoch(self, choices: Sequence[Choice]) -> None:
-        """End the term when an account was written under a higher epoch than ours.
+    def _check_epoch(self, choices: Sequence[Choice], *, written: bool = False) -> None:
+        """End the term when an account was written under our epoch, or a higher one.
 
         The lease documents were then restored from an older backup. The next term starts above.
+        `written`: this term may have written accounts itself by now.
         """
         epoch = self._term.grant.epoch
         highest = max((choice.copy.version.epoch for choice in choices), default=0)
-        if highest > epoch:
+        if highest > epoch or (highest == epoch and not written):
             self._ports.journal.note("epoch.fell", found=highest, where="the accounts", epoch=epoch)
             self._term.lose(
-                f"accounts carry epoch {highest}, the lease only {epoch}", epoch_seen=highest
+                f"accounts carry epoch {highest} already, the lease has {epoch}",
+                epoch_seen=highest,
             )
             self._term.check()
 

@@ -51,6 +51,9 @@ T = TypeVar("T")
 ASK_BACKOFF = Backoff(first_s=0.05, factor=2.0, cap_s=0.5, jitter=0.5)
 ASK_TRIES_MAX = 3
 
+BOOTTIME_LOOK_S = 0.5
+"""How often a term looks at the clock that goes on in a suspend; Trio cannot wait for it."""
+
 
 PURGE_PAUSE_S = 1.0
 """Between two bounded deletions: callers come first."""
@@ -100,6 +103,7 @@ class Term:
         self.scope = trio.CancelScope(deadline=held.deadline)
         self.lost_reason: str | None = None
         self.epoch_seen = held.grant.epoch
+        self.outranked = False
         self.end_asked: EndAsked | None = None
         self._end_asked = trio.Event()
         self._ports = ports
@@ -153,10 +157,21 @@ class Term:
         `epoch_seen` is the higher epoch that says so, if one does: the next term starts above it.
         """
         self.epoch_seen = max(self.epoch_seen, epoch_seen)
+        self.outranked = self.outranked or epoch_seen >= self.epoch
         if self.lost_reason is None and not self.scope.cancel_called:
             self.lost_reason = reason
             self._ports.journal.note("lease.lost", epoch=self.epoch, reason=reason)
         self.scope.cancel()
+
+    async def keep_boottime_watched(self) -> None:
+        """End the term soon after its deadline has passed on CLOCK_BOOTTIME.
+
+        After a suspend the scope's own deadline is late by as long: until then connections would
+        stay open that another holder opens too.
+        """
+        while not self.over:  # noqa: ASYNC110 - no event comes from a clock
+            await trio.sleep(BOOTTIME_LOOK_S)
+        self.lose("its deadline has passed")
 
     def ask_end(self, asked: EndAsked) -> None:
         """Ask the term to end in good order; a restore that still runs is cut short."""
@@ -394,6 +409,7 @@ async def open_term(
                     ports.journal,
                     term,
                 )
+                renewing.start_soon(term.keep_boottime_watched)
                 with trio.move_on_after(limits.open_try_s) as starting:
                     async with (
                         ports.connector.open_bridge() as bridge,

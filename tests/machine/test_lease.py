@@ -34,6 +34,7 @@ from machine.records import (
     Version,
 )
 from machine.states import State
+from machine.term import BOOTTIME_LOOK_S
 from tests.fakes.clocks import FakeClocks
 from tests.fakes.journal import RecordingJournal
 from tests.fakes.local_store import FakeLocalStore
@@ -542,6 +543,22 @@ async def test_time_that_trio_does_not_see_ends_the_term_before_its_next_effect(
         assert lab.whatsapp.connections == 0
 
 
+async def test_after_a_suspend_past_the_deadline_no_connection_stays_open(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        assert lab.whatsapp.connections == 1
+        a.store.partitioned = True
+        a.clocks.suspend(TIMING.term_s)
+        await trio.sleep(BOOTTIME_LOOK_S + 0.01)
+        await trio.testing.wait_all_tasks_blocked()
+        assert lab.whatsapp.connections == 0
+        assert a.journal.of("lease.lost")[0]["reason"] == "its deadline has passed"
+
+
 async def test_a_renewal_during_a_candidates_slow_read_is_not_counted_from_before_it(
     autojump_clock: MockClock,
 ) -> None:
@@ -633,8 +650,46 @@ async def test_accounts_with_a_higher_epoch_make_the_next_term_start_above_them(
         await wait_active(a)
         assert a.instance.epoch == 501
         assert [fell["found"] for fell in a.journal.of("epoch.fell")] == [500, 500]
+        # Whoever wrote under that epoch may still act, and has stopped after a ttl.
+        assert trio.current_time() >= TIMING.ttl_s
         assert lab.state.accounts[ANN].version == Version(501, 3)
         assert lab.whatsapp.opened == 1
+
+
+async def test_accounts_that_carry_our_own_new_epoch_were_written_by_another(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        lab.state.accounts[ANN].version = Version(1, 3)
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        assert a.instance.epoch == 2
+        assert lab.state.accounts[ANN].version == Version(2, 3)
+        assert trio.current_time() >= TIMING.ttl_s
+
+
+async def test_a_lease_that_a_backup_shows_as_free_is_left_until_its_holder_has_stopped(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        lease, fence = lab.state.lease, lab.state.fence
+        assert lease is not None
+        assert fence is not None
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        b = lab.start(lab.make("b"))
+        await b.journal.wait_for("restore.skipped")
+        await a.journal.wait_for("lease.renewed", 2)
+        term = a.term
+        a.store.partitioned = True
+        lab.state.lease = (lease[0], lab.state.stamp(), trio.current_time())
+        lab.state.fence = (fence[0], lab.state.stamp())
+        await wait_active(b)
+        assert trio.current_time() >= term.held.deadline
+        assert a.instance.term is None
+        assert b.instance.epoch == term.epoch + 1
 
 
 @pytest.mark.parametrize("fault", ["failing", "hanging"])
