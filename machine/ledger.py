@@ -42,6 +42,7 @@ from machine.records import (
     KeyName,
     Message,
     MessageId,
+    MessageState,
     PartName,
     Stamp,
     Version,
@@ -416,6 +417,9 @@ class Ledger:
             # A commit that the disk cannot build on has to reach the shared store itself.
             and self._saved == self.version
             and not any(entry.shared or entry.new_message or entry.inbound for entry in batch)
+            # The mark that a message may be on the wire counts before it is: only the shared store
+            # keeps messages, and without the mark a crash would have its key used twice.
+            and not any(m.state is MessageState.SENDING for e in batch for m in e.messages)
         )
         needs_parts = any(e.complete or e.keys or e.clear for e in batch)
         if needs_parts and not self.complete and not self._push:

@@ -547,6 +547,16 @@ async def test_local_durability_stores_a_new_message_where_every_instance_finds_
         assert message("found").message_id in bench.lab.state.messages
 
 
+async def test_local_durability_marks_a_message_as_sending_where_the_mark_outlives_the_disk(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_bench(durability=Durability.LOCAL) as bench:
+        await bench.ledger.write(new_message=message("on the wire"))
+        sending = moved(message("on the wire"), MessageState.SENDING, at=2.0, epoch=7)
+        await bench.ledger.write(messages=(sending,))
+        assert bench.lab.state.messages[sending.message_id].state is MessageState.SENDING
+
+
 async def test_a_flush_waits_for_the_local_commit_that_is_in_flight_too(
     autojump_clock: MockClock,
 ) -> None:
