@@ -51,6 +51,7 @@ from machine.refusals import (
     NotActive,
     NotAwaitingScan,
     StoreAway,
+    TermEnded,
 )
 from machine.restore import fault_of
 from machine.retry import TryTimedOut
@@ -72,6 +73,10 @@ _REFUSED = {
     AccountStatus.AWAITING_SCAN: AccountNotPaired,
 }
 """Statuses in which a message is refused. In all others it is accepted and waits."""
+
+
+class HandingOver(NotActive):
+    """Refused before anything was begun: the term settles."""
 
 
 class DeskTerm(Protocol):
@@ -107,7 +112,8 @@ class DeskTerm(Protocol):
 class Desk:
     """Where the requests of a term are answered.
 
-    Every public coroutine raises `NotActive` the moment the term is over. Between calls:
+    Every public coroutine raises `NotActive` the moment the term is over; `TermEnded` when it was
+    under way by then. Between calls:
     `_visitors` has the scope of each request that is being answered, and of no other.
     """
 
@@ -154,7 +160,10 @@ class Desk:
                 await self._left.wait()
 
     async def _visit(self, ask: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
-        """Answer a caller's request inside the term: it ends with the term, wherever it is."""
+        """Answer a caller's request inside the term: it ends with the term, wherever it is.
+
+        Raises `TermEnded` then: a write that was on its way may be applied all the same.
+        """
         self._term.check()
         with trio.CancelScope(deadline=self._term.held.deadline) as visitor:
             self._visitors.add(visitor)
@@ -170,10 +179,15 @@ class Desk:
                 ) from error
             except AccountVanished as error:
                 raise AccountNotFound(str(error)) from error
+            except HandingOver:
+                raise
+            except NotActive as over:
+                # Seen by a check before one of several effects: the ones before it are done.
+                raise _term_ended() from over
             finally:
                 self._visitors.discard(visitor)
                 self._left.set()
-        raise NotActive("the lease went to another instance meanwhile; ask again", retry_after_s=1)
+        raise _term_ended()
 
     # --- accounts
 
@@ -556,8 +570,16 @@ class Desk:
         return (session and session.outbox.find(message_id)) or stored
 
 
-def _handing_over() -> NotActive:
-    return NotActive("this instance is handing the lease over; ask again", retry_after_s=1)
+def _handing_over() -> HandingOver:
+    return HandingOver("this instance is handing the lease over; ask again", retry_after_s=1)
+
+
+def _term_ended() -> TermEnded:
+    return TermEnded(
+        "the lease went to another instance meanwhile, and what was asked may have happened; ask "
+        "again with the same Idempotency-Key",
+        retry_after_s=1,
+    )
 
 
 def _sending(message: Message) -> Message:

@@ -25,6 +25,13 @@ class NotActive(Refusal):
     code = "no_active_instance"
 
 
+class TermEnded(NotActive):
+    """The term ended while this was being done: it may have happened. Ask the holder again, with
+    the same idempotency key."""
+
+    code = "holder_unreachable"
+
+
 class StoreAway(Refusal):
     """The store did not confirm in time. What was asked may have happened: ask again with the
     same idempotency key."""

@@ -24,7 +24,7 @@ from daemon.http.peers import Peers, keep_saying_hello
 from daemon.http.ports import ApiSettings, InstancePort, MakeMessageId, RenderMetrics
 from daemon.http.server import ConnectionLimits, Listening, Note, Server, bind_http
 from machine.ports import StoreMisconfigured, StoreUnavailable
-from machine.refusals import NotActive, Refusal
+from machine.refusals import NotActive, Refusal, TermEnded
 
 FIELDS_NAMED_MAX = 3
 """How many wrong fields one answer names."""
@@ -212,6 +212,7 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
     if isinstance(error, NotActive):
         # The relay asks elsewhere instead of telling the caller.
         inbound_of(request).not_active = True
+        inbound_of(request).begun = isinstance(error, TermEnded)
     return await _on_api_error(request, from_refusal(error))
 
 

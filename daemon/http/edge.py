@@ -68,7 +68,9 @@ class Inbound:
     forwarded_to: str | None = None
     message_id: MessageId | None = None
     not_active: bool = False
-    """Set by the routes: this instance's term ended before anything was accepted."""
+    """Set by the routes: this instance's term has ended, and the answer is not one to give."""
+    begun: bool = False
+    """Set with it: what was asked may have been done."""
     scope: Scope = field(default_factory=dict, repr=False)
 
 

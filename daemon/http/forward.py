@@ -61,38 +61,45 @@ class Relay:
         """The holder's answer, from here or from there. Raises `ApiError`."""
         if inbound.forwarded_by is not None:
             return await self._answer_forwarded(inbound)
+        last = NOT_STARTED
         if self._instance.desk is not None:
-            answer = await self._answer_here(inbound)
-            if answer is not None:
-                return answer
+            outcome = await self._answer_here(inbound)
+            if isinstance(outcome, Answer):
+                return outcome
+            last = outcome
         if self._waiting >= self._settings.forwards_max:
+            if last is UNKNOWN and not is_read(inbound):
+                raise _unanswered(inbound)
             raise _nobody("too many requests wait for the holder already", UNKNOWN)
         self._waiting += 1
         try:
-            return await self._answer_in_time(inbound)
+            return await self._answer_in_time(inbound, last)
         finally:
             self._waiting -= 1
 
     async def _answer_forwarded(self, inbound: Inbound) -> Answer:
         mine = inbound.forwarded_to in {None, "", self._instance.identity.incarnation}
-        answer = None
+        outcome: Answer | Outcome = NOT_STARTED
         # Another instance, or another group, may by now listen where the holder did: then the
         # name of the incarnation does not fit, and nothing is done in its place.
         if mine and self._instance.desk is not None:
-            answer = await self._answer_here(inbound)
-        if answer is None:
-            raise ApiError(ErrorCode.NOT_ACTIVE, "This instance is not the holder (any more).")
-        return answer
+            outcome = await self._answer_here(inbound)
+        if isinstance(outcome, Answer):
+            return outcome
+        if outcome is UNKNOWN:
+            raise _unanswered(inbound)
+        raise ApiError(ErrorCode.NOT_ACTIVE, "This instance is not the holder (any more).")
 
-    async def _answer_in_time(self, inbound: Inbound) -> Answer:
-        """Try here and there until `handoff_wait_s` is over.
+    async def _answer_in_time(self, inbound: Inbound, last: Outcome) -> Answer:
+        """Try here and there until `handoff_wait_s` is over. `last`: how a try before this ended.
 
         A try that has begun before then may take its own time.
         """
         listing = is_listing(inbound)
         wait_s = self._settings.status_wait_s if listing else self._settings.handoff_wait_s
         deadline = trio.current_time() + wait_s
-        last = NOT_STARTED
+        if last is UNKNOWN and not is_repeatable(inbound):
+            raise _unanswered(inbound)
         while True:
             seen = self._seen()
             outcome = await self._try_once(inbound)
@@ -127,7 +134,7 @@ class Relay:
 
     async def _try_once(self, inbound: Inbound) -> Answer | Outcome:
         if self._instance.desk is not None:
-            return await self._answer_here(inbound) or NOT_STARTED
+            return await self._answer_here(inbound)
         holder = self._instance.holder
         if holder is None or self._alone():
             return NOT_STARTED
@@ -135,11 +142,13 @@ class Relay:
 
     # --- here
 
-    async def _answer_here(self, inbound: Inbound) -> Answer | None:
-        """This instance's own answer; `None` when its term ended and nothing was accepted."""
-        inbound.not_active = False
+    async def _answer_here(self, inbound: Inbound) -> Answer | Outcome:
+        """This instance's own answer; when its term ended, whether anything may have been done."""
+        inbound.not_active = inbound.begun = False
         answer = await self._call_routes(inbound)
-        return None if inbound.not_active else answer
+        if not inbound.not_active:
+            return answer
+        return UNKNOWN if inbound.begun else NOT_STARTED
 
     async def _call_routes(self, inbound: Inbound) -> Answer:
         caught = _Caught()

@@ -201,7 +201,7 @@ class HolderLink:
             return self._failed(inbound, holder, error, NOT_STARTED)
         except (httpx.HTTPError, trio.TooSlowError) as error:
             return self._failed(inbound, holder, error, UNKNOWN)
-        return NOT_STARTED if _says_not_active(answer) else answer
+        return _meaning(answer)
 
     def _failed(
         self, inbound: Inbound, holder: Holder, error: Exception, outcome: Outcome
@@ -264,11 +264,15 @@ def _url(holder: Holder, inbound: Inbound) -> str:
     return f"{holder.address.rstrip('/')}{quote(inbound.path)}{query}"
 
 
-def _says_not_active(answer: Answer) -> bool:
-    if answer.status != ErrorCode.NOT_ACTIVE.status:
-        return False
+def _meaning(answer: Answer) -> Answer | Outcome:
+    """What the holder's answer means to whoever forwarded: that its term has ended is no answer."""
+    if answer.status not in {ErrorCode.NOT_ACTIVE.status, ErrorCode.HOLDER_UNREACHABLE.status}:
+        return answer
     try:
         said = msgspec.json.decode(answer.body)
     except msgspec.DecodeError:
-        return False
-    return isinstance(said, dict) and said.get("error") == ErrorCode.NOT_ACTIVE.value
+        return answer
+    code = said.get("error") if isinstance(said, dict) else None
+    if code == ErrorCode.NOT_ACTIVE.value:
+        return NOT_STARTED
+    return UNKNOWN if code == ErrorCode.HOLDER_UNREACHABLE.value else answer

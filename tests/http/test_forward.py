@@ -271,6 +271,10 @@ async def test_unusable_address_means_not_started(address: str) -> None:
             NOT_STARTED,
         ),
         (
+            b'HTTP/1.1 504 No\r\ncontent-length: 30\r\n\r\n{"error":"holder_unreachable"}',
+            UNKNOWN,
+        ),
+        (
             b"HTTP/1.1 503 No\r\ncontent-length: 12\r\n\r\n<html></html",
             Answer(503, [(b"content-length", b"12")], b"<html></html"),
         ),

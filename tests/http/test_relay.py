@@ -53,6 +53,8 @@ class Stage:
     closing: trio.Event
     given: ApiSettings
     local_calls: int = 0
+    under_way: bool = False
+    """Whether a term that ends here has begun what it was asked for."""
 
     def relay(self) -> Relay:
         return Relay(self.routes, self.a, self.given, self.link, closing=self.closing)
@@ -65,6 +67,7 @@ class Stage:
         over = desk is None or desk.over.is_set()
         listing = inbound.method == "GET" and inbound.path == "/api/whatsapp/accounts"
         inbound.not_active = over and not (listing and desk is None)
+        inbound.begun = inbound.not_active and self.under_way
         body = OVER if inbound.not_active else HERE
         start: MutableMapping[str, Any] = {"type": "http.response.start", "status": 200}
         await send(start)
@@ -184,6 +187,39 @@ async def test_term_that_ends_midway_passes_the_request_on(
         nursery.start_soon(take_over)
         assert await stage.relay().answer(asking(REPAIR)) is DONE
     assert stage.local_calls < 20
+
+
+async def test_send_that_was_under_way_when_our_term_ended_is_never_called_not_accepted(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.world.activate(stage.a)
+    assert stage.a.desk is not None
+    stage.a.desk.end()
+    stage.under_way = True
+    assert await refusal(stage.relay(), asking()) is ErrorCode.HOLDER_UNREACHABLE
+    assert stage.local_calls > 1
+
+
+async def test_other_mutation_that_was_under_way_when_our_term_ended_is_not_made_again(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.world.activate(stage.a)
+    assert stage.a.desk is not None
+    stage.a.desk.end()
+    stage.under_way = True
+    assert await refusal(stage.relay(), asking(REPAIR)) is ErrorCode.HOLDER_UNREACHABLE
+    assert stage.local_calls == 1
+
+
+async def test_who_forwarded_hears_that_what_was_under_way_may_have_been_done(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.world.activate(stage.a)
+    assert stage.a.desk is not None
+    stage.a.desk.end()
+    stage.under_way = True
+    code = await refusal(stage.relay(), asking(forwarded_by="b"))
+    assert code is ErrorCode.HOLDER_UNREACHABLE
 
 
 async def test_refused_connections_are_tried_again_until_the_holder_is_back(

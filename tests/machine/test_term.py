@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from machine.limits import Durability
 from machine.records import LeaseState, LeaseWrite, MessageId, MessageState
-from machine.refusals import NotActive, Refusal, StoreAway
+from machine.refusals import NotActive, Refusal, StoreAway, TermEnded
 from machine.states import State
 from machine.term import EndAsked
 from tests.fakes.shared_store import LOST_REPLY, Passage
@@ -93,11 +93,11 @@ async def test_a_request_ends_with_the_term_wherever_it_is(
             a.clocks.suspend(TIMING.ttl_s)
         await a.wait(State.PASSIVE)
         await wait_all_tasks_blocked()
-        assert answers in ([NotActive], [StoreAway])
+        assert answers in ([TermEnded], [StoreAway])
         assert trio.current_time() <= term.held.deadline
         # Told of a higher epoch, it does not stay until the deadline.
         assert how != "fenced" or trio.current_time() - asked_at < 0.2
-        assert answers == [NotActive] or how == "deadline" or name == "message"
+        assert answers == [TermEnded] or how == "deadline" or name == "message"
 
 
 async def test_a_request_at_a_term_that_is_over_is_refused_at_once(
@@ -158,7 +158,7 @@ async def test_a_step_down_during_the_listing_refuses_those_who_wait_for_it(
         a.instance.request_step_down("operator")
         await a.wait(State.PASSIVE)
         await wait_all_tasks_blocked()
-        assert answers == [NotActive]
+        assert answers == [TermEnded]
 
 
 async def test_while_a_term_settles_messages_are_kept_for_the_next_holder_and_nothing_begins(
