@@ -381,12 +381,15 @@ class Instance:
         return max(asked_at + wait_s, trio.current_time() + LOOK_INTERVAL_MIN_S)
 
     async def _try_acquire(self, view: LeaseView) -> HeldLease | None:
+        self._note_epoch(view)
+        if trio.current_time() < self._fell_until:
+            return None  # Meanwhile the accounts were read, and know of a higher epoch.
         floor = self._epoch_floor
         if floor > max(view.lease.epoch, view.fence.epoch):
             self._ports.journal.note(
                 "epoch.fell",
                 found=floor,
-                where="this host's disk",
+                where="what this host has seen",
                 epoch=max(view.lease.epoch, view.fence.epoch),
             )
         try:
@@ -643,6 +646,9 @@ class Instance:
         except (StoreUnavailable, trio.TooSlowError) as error:
             self._ports.journal.note("warm.failed", error=describe_error(error))
             return
+        # Lease documents of a backup do not say what has been granted; the accounts do.
+        seen = max((copy.version.epoch for copy in (*shared.copies, *local.copies)), default=0)
+        self._epoch_floor = max(self._epoch_floor, seen)
         stale = _stale(shared, local)
         fetched = 0
         limiter = trio.CapacityLimiter(self._limits.warm_concurrency)

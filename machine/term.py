@@ -169,8 +169,9 @@ class Term:
         After a suspend the scope's own deadline is late by as long: until then connections would
         stay open that another holder opens too.
         """
-        while not self.over:  # noqa: ASYNC110 - no event comes from a clock
-            await trio.sleep(BOOTTIME_LOOK_S)
+        while not self.over:
+            left_s = self.held.boot_deadline - self._ports.clocks.boottime()
+            await trio.sleep(min(BOOTTIME_LOOK_S, max(0.0, left_s)))
         self.lose("its deadline has passed")
 
     def ask_end(self, asked: EndAsked) -> None:

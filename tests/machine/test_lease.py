@@ -646,7 +646,9 @@ async def test_accounts_with_a_higher_epoch_make_the_next_term_start_above_them(
         await lab.add_accounts(ANN)
         stored = lab.state.accounts[ANN]
         stored.version = Version(500, 3)
-        a = lab.start(lab.make("a"))
+        a = lab.make("a")
+        a.store.fail_next("list_accounts")  # so that it does not know while it stands by
+        lab.start(a)
         await wait_active(a)
         assert a.instance.epoch == 501
         assert [fell["found"] for fell in a.journal.of("epoch.fell")] == [500, 500]
@@ -656,13 +658,28 @@ async def test_accounts_with_a_higher_epoch_make_the_next_term_start_above_them(
         assert lab.whatsapp.opened == 1
 
 
+async def test_a_standby_learns_from_the_accounts_that_the_lease_is_a_backups(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        lab.state.accounts[ANN].version = Version(500, 3)
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        assert a.instance.epoch == 501
+        assert trio.current_time() >= TIMING.ttl_s
+        assert len(a.journal.of("lease.acquired")) == 1
+
+
 async def test_accounts_that_carry_our_own_new_epoch_were_written_by_another(
     autojump_clock: MockClock,
 ) -> None:
     async with open_lab() as lab:
         await lab.add_accounts(ANN)
         lab.state.accounts[ANN].version = Version(1, 3)
-        a = lab.start(lab.make("a"))
+        a = lab.make("a")
+        a.store.fail_next("list_accounts")
+        lab.start(a)
         await wait_active(a)
         assert a.instance.epoch == 2
         assert lab.state.accounts[ANN].version == Version(2, 3)
