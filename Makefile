@@ -45,6 +45,8 @@ simulate: $(DEV) ## run simulated worlds: SEEDS=100 MINUTES=10; docs/simulation.
 
 torture: $(DEV) ## break real processes on a real emulator: MINUTES=10 SEED=…; docs/torture.md
 	@$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+mutants: $(DEV) ## see that the simulation catches every deliberate mistake; writes their table
+	@$(BIN)/python -m tests.simulation --mutants $(ARGS)
 
 check: $(DEV) ## format, lint, types, layers, generated docs: everything but the tests
 	$(BIN)/ruff format --check .
@@ -88,4 +90,4 @@ $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.
 $(BAILEYS): daemon/bridge/node/package-lock.json daemon/bridge/node/package.json | $(RUN)
 	@$(BIN)/watchkeeper setup-whatsapp && touch $(BAILEYS)
 
-.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate torture check format bench docs lock install-systemd uninstall-systemd ci clean
+.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate mutants torture check format bench docs lock install-systemd uninstall-systemd ci clean

@@ -1,14 +1,19 @@
-"""Run simulated worlds: one seed with its whole trace, or many."""
+"""Run simulated worlds: one seed with its whole trace, many of them, or every mutant."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.run import Outcome, simulate, simulate_all
+from tests.simulation.table import catch, write_table
+
+PAGE = Path("docs/simulation.md")
 
 
 def main() -> int:
@@ -18,9 +23,12 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10.0, help="of simulated time, each")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="with a deliberate mistake")
+    parser.add_argument("--mutants", action="store_true", help="every mistake; writes their table")
     parser.add_argument("--quiet", action="store_true", help="no trace")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
+    if given.mutants:
+        return run_mutants(given)
     if given.seed is not None:
         outcome = simulate(
             given.seed, minutes=given.minutes, mutant=given.mutant, keep_trace=not given.quiet
@@ -34,7 +42,9 @@ def main() -> int:
 
 def run_many(given: argparse.Namespace) -> int:
     total: Counter[str] = Counter()
-    failed, simulated_s, took_s, healed_s = 0, 0.0, 0.0, 0.0
+    failed: list[int] = []
+    simulated_s = took_s = healed_s = 0.0
+    began = time.monotonic()
     seeds = range(given.first, given.first + given.seeds)
     for outcome in simulate_all(
         seeds, minutes=given.minutes, mutant=given.mutant, processes=given.processes
@@ -44,12 +54,38 @@ def run_many(given: argparse.Namespace) -> int:
         took_s += outcome.took_s
         healed_s = max(healed_s, *outcome.healed_in_s, 0.0)
         if outcome.violations:
-            failed += 1
-            print(line(outcome), flush=True)
-    print(f"{given.seeds} seeds, {failed} with violations; {simulated_s / 3600:.1f} h simulated")
-    print(f"{simulated_s / took_s:.0f} x real time a core; ACTIVE {healed_s:.1f} s after healing")
+            failed.append(outcome.seed)
+            print(line(outcome))
+            print(f"  replay: {replay(outcome.seed, given)}", flush=True)
+    took = time.monotonic() - began
+    print(
+        f"{given.seeds} seeds, {len(failed)} with violations {failed or ''}; "
+        f"{simulated_s / 3600:.1f} h simulated in {took:.0f} s, "
+        f"{simulated_s / took_s:.0f} x real time a core; ACTIVE {healed_s:.1f} s after healing"
+    )
     print(", ".join(f"{name}: {count}" for name, count in sorted(total.items())))
     return bool(failed)
+
+
+def replay(seed: int, given: argparse.Namespace) -> str:
+    """The command that shows this world again, with its trace."""
+    mutant = f" --mutant {given.mutant}" if given.mutant else ""
+    return f"python -m tests.simulation --seed {seed} --minutes {given.minutes:g}{mutant}"
+
+
+def run_mutants(given: argparse.Namespace) -> int:
+    caught = {
+        name: catch(name, minutes=given.minutes, processes=given.processes)
+        for name in MUTANTS
+        if given.mutant in {None, name}
+    }
+    if given.mutant is None:
+        write_table(PAGE, caught)
+    survived = [name for name, one in caught.items() if one is None]
+    for name in survived:
+        print(f"{name}: {MUTANTS[name].what}, and {MUTANTS[name].seeds_max} seeds noticed nothing")
+    print(f"{len(caught)} mutants, {len(caught) - len(survived)} caught")
+    return bool(survived)
 
 
 def line(outcome: Outcome) -> str:
@@ -57,9 +93,10 @@ def line(outcome: Outcome) -> str:
     said = "\n  ".join(outcome.violations[:3]) or "no violation"
     if len(outcome.violations) > 3:
         said += f"\n  and {len(outcome.violations) - 3} more"
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(outcome.counts.items()))
     return (
-        f"seed {outcome.seed}: {said} ({outcome.simulated_s:.0f} s simulated in "
-        f"{outcome.took_s:.2f} s, trace {outcome.trace_hash[:16]}, {outcome.counts})"
+        f"seed {outcome.seed}: {said}\n  {outcome.simulated_s:.0f} s simulated in "
+        f"{outcome.took_s:.2f} s, trace {outcome.trace_hash[:16]}; {counts}"
     )
 
 

@@ -1,6 +1,7 @@
 """Stopping a process between two of its steps, and a scheduler that a seed replays.
 
-Lives here: all that touches Trio's inside. Never lives here: who is stopped, when and why.
+Lives here: which tasks are whose, and how they are stopped. Never lives here: who is stopped, when
+and why.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import trio
 import trio._core._run as trio_run
+
+from tests.simulation.clock import HostClock, host_clock
 
 
 def seed_scheduler(seed: int) -> None:
@@ -34,11 +37,15 @@ class Gate:
     statements with no `await` that waits in between.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clock: HostClock) -> None:
         self.name = name
+        self.clock = clock
         self.closed = False
+        self.steps = 0
+        """How many steps its tasks have taken."""
         self.tasks: set[trio.lowlevel.Task] = set()
         self._parked: list[trio.lowlevel.Task] = []
+        self._at_step: tuple[int, Callable[[], None]] | None = None
 
     def close(self) -> None:
         self.closed = True
@@ -49,11 +56,16 @@ class Gate:
         for task in parked:
             trio.lowlevel.reschedule(task)
 
+    def at_step(self, steps_more: int, act: Callable[[], None]) -> None:
+        """Call `act` in the world right before the step that comes after `steps_more` others."""
+        self._at_step = (self.steps + steps_more, act)
+
     def spawn(self, nursery: trio.Nursery, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Start `work` behind this gate; every task it starts is behind it too."""
 
         def start() -> None:
             _gate.set(self)
+            host_clock.set(self.clock)
             nursery.start_soon(work)
 
         copy_context().run(start)
@@ -62,15 +74,24 @@ class Gate:
         """Run a task's coroutine, one step at a time, as long as the gate is open."""
         answer: Any = None
         while True:
+            if self._at_step is not None and self.steps >= self._at_step[0] and not self.closed:
+                self._act()
             while self.closed:
                 self._parked.append(trio.lowlevel.current_task())
                 waiting = trio.lowlevel.wait_task_rescheduled
                 yield from waiting(_keep_waiting).__await__()
+            self.steps += 1
             try:
                 asked = coro.send(answer)
             except StopIteration as stop:
                 return stop.value
             answer = yield asked
+
+    def _act(self) -> None:
+        assert self._at_step is not None
+        act, self._at_step = self._at_step[1], None
+        # In the world's context: what is started or timed there is not the process's own.
+        _world.run(act)
 
     def names(self) -> list[str]:
         """The names of the tasks that live behind this gate."""
@@ -78,6 +99,7 @@ class Gate:
 
 
 _gate: ContextVar[Gate | None] = ContextVar("gate", default=None)
+_world = copy_context()
 
 
 def _keep_waiting(_raise_cancel: object) -> trio.lowlevel.Abort:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from machine.instance import Instance
+from machine.lease import LeaseTiming
+from tests.fakes.local_store import FakeLocalStore
 from tests.simulation.gate import Gate
 
 
@@ -15,6 +17,8 @@ class Process:
     name: str
     incarnation: str
     gate: Gate
+    timing: LeaseTiming
+    disk: FakeLocalStore
     instance: Instance = field(init=False)
     pauses: int = 0
     thawed_at: float = -1.0

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import trio
-from trio.testing import MockClock
 
+from machine.limits import Durability
 from tests.simulation.checks import Checks
-from tests.simulation.faults import Faults
+from tests.simulation.clock import WorldClock
+from tests.simulation.disasters import Disasters
+from tests.simulation.faults import Fault, Faults
 from tests.simulation.gate import GateKeeper, seed_scheduler
-from tests.simulation.group import Group
-from tests.simulation.mutants import MUTANTS, Mutant
+from tests.simulation.mutants import MUTANTS, RIGHT, Mutant
+from tests.simulation.world import Kind, World
 
-RIGHT = Mutant("the machine as it is")
+
+def kind_of(seed: int) -> Kind:
+    """What the world of a seed is made of: every kind in every few seeds."""
+    if seed % 8 == 0:
+        return Kind(hosts=1, durability=Durability.LOCAL)
+    return Kind(mixed=seed % 2 == 1)
+
+
+def has_disasters(seed: int) -> bool:
+    """Whether data is deleted or restored behind the group's back in the world of a seed."""
+    return seed % 8 in {2, 3, 5}
 
 
 @dataclass(frozen=True)
@@ -30,27 +42,43 @@ class Outcome:
     healed_in_s: tuple[float, ...]
     simulated_s: float
     took_s: float
-    trace: tuple[str, ...]
+    trace: tuple[str, ...] = field(repr=False)
 
 
 async def _simulate(
     seed: int, minutes: float, checks: Checks, mutant: Mutant
 ) -> tuple[tuple[float, ...], float]:
     async with trio.open_nursery() as nursery:
-        group = Group(seed, checks, nursery, mutant.state())
-        faults = Faults(group, seed)
+        world = World(
+            seed,
+            kind_of(seed),
+            checks,
+            checks.clock,
+            nursery,
+            state=mutant.state(),
+            wire=mutant.wire,
+        )
+        disasters = Disasters(world)
+        nothing: Callable[[Faults], dict[str, Fault]] = lambda _faults: {}  # noqa: E731
+        faults = Faults(world, seed, disasters.kinds if has_disasters(seed) else nothing)
+        disasters.rng = faults.rng
         with trio.CancelScope() as scope:
             checks.on_violation = scope.cancel
             async with trio.open_nursery() as clients:
-                clients.start_soon(group.keep_sending)
+                clients.start_soon(world.clients.run)
+                clients.start_soon(world.contacts.run)
+                clients.start_soon(disasters.keep_backups)
                 await faults.run(minutes)
                 clients.cancel_scope.cancel()
             await faults.wait_arrived()
-            group.check_end()
+            world.check_end()
         # What follows is only tidying up: also the dead have to leave the event loop.
-        simulated_s = trio.current_time()
+        simulated_s = checks.clock.now
+        for host in world.hosts:
+            for name, count in host.link.told.items():
+                checks.counts[f"call {name}"] += count
         checks.close()
-        group.end()
+        world.end()
         nursery.cancel_scope.cancel()
     return tuple(faults.healed_in_s), simulated_s
 
@@ -60,18 +88,13 @@ def simulate(
 ) -> Outcome:
     """Run the world of `seed`; the first violation ends it."""
     seed_scheduler(seed)
-    checks = Checks(keep_trace=keep_trace)
+    clock = WorldClock()
+    checks = Checks(clock, keep_trace=keep_trace)
     chosen = RIGHT if mutant is None else MUTANTS[mutant]
-    began = time.perf_counter()
+    began = time.process_time()
     with chosen.made():
         healed_in_s, simulated_s = trio.run(
-            _simulate,
-            seed,
-            minutes,
-            checks,
-            chosen,
-            clock=MockClock(autojump_threshold=0),
-            instruments=[GateKeeper()],
+            _simulate, seed, minutes, checks, chosen, clock=clock, instruments=[GateKeeper()]
         )
     return Outcome(
         seed=seed,
@@ -80,7 +103,7 @@ def simulate(
         counts=dict(checks.counts),
         healed_in_s=healed_in_s,
         simulated_s=simulated_s,
-        took_s=time.perf_counter() - began,
+        took_s=time.process_time() - began,
         trace=tuple(checks.trace),
     )
 

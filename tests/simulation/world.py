@@ -1,348 +1,393 @@
-"""The world's parts on the fakes: each tells `Checks` what happens, in the instant it happens."""
+"""The hosts of one group, their processes, and what stands around them.
+
+Lives here: starting and ending processes, and what must be true in the end. Never lives here: what
+goes wrong (`tests.simulation.faults`, `tests.simulation.disasters`).
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 
 import trio
 
-from machine.ports import Bridge, Connection, ConnectionEvent, ServerAck
+from machine.instance import Instance
+from machine.lease import LeaseTiming
+from machine.legacy import new_account
+from machine.limits import Durability, Limits
+from machine.ports import Ports
 from machine.records import (
-    Account,
-    AccountCommit,
     AccountId,
+    AccountStatus,
     Grant,
+    Identity,
+    KeyChange,
     KeyName,
-    LeaseStamps,
-    LeaseWrite,
     MessageId,
-    PartName,
-    Stamp,
+    MessageState,
     Version,
 )
-from tests.fakes.connector import FakeBridge, FakeConnection, FakeConnector, FakeWhatsApp
-from tests.fakes.shared_store import (
-    FakeSharedState,
-    FakeSharedStore,
-    Passage,
-    applied_then_failing,
-    failing,
-)
+from machine.refusals import Refusal
+from machine.states import State
+from tests.fakes.codec import FakeCodec
+from tests.machine.lab import FakeLegacy
 from tests.simulation.checks import Checks
+from tests.simulation.clients import Clients, Contacts
+from tests.simulation.clock import HostClock, SimulatedClocks, WorldClock
+from tests.simulation.front import Front
+from tests.simulation.gate import Gate
+from tests.simulation.network import Link, Network
 from tests.simulation.process import Process
+from tests.simulation.stores import SimulatedDisk, SimulatedState, SimulatedStore
+from tests.simulation.whatsapp import SimulatedConnector, SimulatedWhatsApp
 
-UNTRACED = frozenset({"lease.renewed", "message.accepted", "message.acked", "account.found"})
+ACCOUNTS = tuple(AccountId(name) for name in ("ann", "ben", "cho"))
+CREDS = b"paired once and never again"
+TIMINGS = (
+    LeaseTiming(),
+    LeaseTiming(ttl_s=12.0, renew_s=3.0),
+    LeaseTiming(ttl_s=20.0, renew_s=6.0, attempt_s=3.0, margin_s=2.0),
+    LeaseTiming(ttl_s=9.0, renew_s=2.0, attempt_s=1.5, margin_s=1.0),
+)
+"""What an upgrade may change: each process may have other times than the one before."""
+TTL_MAX_S = max(timing.ttl_s for timing in TIMINGS)
+RATE_ERROR = 500e-6
+WALL_SKEW_S = 5.0
+UPTIME_MAX_S = 100_000.0
+MESSAGE_EVERY_S = 2.0
+UNTRACED = frozenset(
+    {"lease.renewed", "message.accepted", "message.acked", "account.found", "outbox.purged"}
+)
 """Events that say nothing which an effect in the trace does not say already."""
 
 
-# --- the store -----------------------------------------------------------------------------------
-
-
-class SimulatedState(FakeSharedState):
-    """The server: tells each write that it applies."""
-
-    checks: Checks
-
-    def write_lease(self, write: LeaseWrite) -> LeaseStamps:
-        assert self.fence is not None
-        old = self.fence[0]
-        stamps = super().write_lease(write)
-        if write.fence is not None:
-            self.checks.fence_written(old, write.fence)
-        return stamps
-
-    def create_account(
-        self, grant: Grant, account: Account, version: Version, parts: Mapping[PartName, bytes]
-    ) -> Stamp:
-        stamp = super().create_account(grant, account, version, parts)
-        self.checks.account_written(account.account_id, version, grant)
-        return stamp
-
-    def commit(self, commit: AccountCommit) -> Stamp:
-        writes = self.writes
-        stamp = super().commit(commit)
-        if self.writes != writes:
-            self.checks.account_written(commit.account.account_id, commit.version, commit.grant)
-        return stamp
-
-    def deliver_all(self) -> None:
-        """Let everything that is still on its way arrive now, in its order."""
-        now = trio.current_time()
-        self._wire[:] = [(min(due, now), number, request) for due, number, request in self._wire]
-        self._wire.sort(key=lambda sent: sent[:2])
-        self.settle()
-
-
-@dataclass
-class Link:
-    """One host's way to the store. Counts, because faults may overlap."""
-
-    rng: random.Random
-    cut: int = 0
-    deaf: int = 0
-    """Nothing of the listener comes through."""
-    requests_lost: int = 0
-    replies_lost: int = 0
-    slow: int = 0
-    """Requests arrive soon, and the answers take their time."""
-    rough: float = 0.0
-    """The chance that a call meets one of the small faults."""
-
-    def weather(self, operation: str) -> Passage:
-        """How the next call travels."""
-        rng = self.rng
-        request_s = rng.uniform(*(SLOW_REQUEST_S if self.slow else CALM_S))
-        reply_s = rng.uniform(*(SLOW_REPLY_S if self.slow else CALM_S))
-        delivered = not self.requests_lost
-        answered = not self.replies_lost
-        error_before = error_after = None
-        again_after_s = None
-        if self.rough and rng.random() < self.rough:
-            match rng.randrange(7):
-                case 0:
-                    delivered = False
-                case 1:
-                    answered = False
-                case 2:
-                    return failing()
-                case 3:
-                    error_after = applied_then_failing().error_after
-                case 4:
-                    again_after_s = rng.uniform(0.0, 20.0)
-                case 5:
-                    request_s = rng.uniform(1.0, LATE_MAX_S)
-                case _:
-                    reply_s = rng.uniform(1.0, 4.0)
-        return Passage(
-            request_s, reply_s, delivered, answered, error_before, error_after, again_after_s
-        )
-
-
-CALM_S = (0.002, 0.03)
-SLOW_REQUEST_S = (0.01, 0.5)
-SLOW_REPLY_S = (0.4, 2.4)
-LATE_MAX_S = 25.0
-
-
-class SimulatedStore(FakeSharedStore):
-    """One process's client: asks `Checks` at each write, and travels by its host's link."""
-
-    def __init__(self, state: SimulatedState, link: Link, process: Process, checks: Checks) -> None:
-        super().__init__(state)
-        self.link = link
-        self.process = process
-        self.checks = checks
-        self.weather = link.weather
-
-    @property
-    def partitioned(self) -> bool:
-        """For the listener only: a call asks the link itself."""
-        return bool(self.link.cut or self.link.deaf)
-
-    @partitioned.setter
-    def partitioned(self, cut: bool) -> None:
-        raise NotImplementedError("the link is cut, not the client")
-
-    async def _cross(self, through: bool) -> None:
-        if self.link.cut or not through:
-            await trio.sleep_forever()
-
-    async def create_account(
-        self, grant: Grant, account: Account, version: Version, parts: Mapping[PartName, bytes]
-    ) -> Stamp:
-        self.checks.asked(self.process, f"creating {account.account_id}", grant.epoch)
-        return await super().create_account(grant, account, version, parts)
-
-    async def commit(self, commit: AccountCommit) -> Stamp:
-        what = f"a commit of {commit.account.account_id}"
-        self.checks.asked(self.process, what, commit.grant.epoch)
-        return await super().commit(commit)
-
-    async def seal(self, commits: Sequence[AccountCommit]) -> Sequence[Stamp | None]:
-        for commit in commits:
-            what = f"a seal of {commit.account.account_id}"
-            self.checks.asked(self.process, what, commit.grant.epoch)
-        return await super().seal(commits)
-
-    async def remove_account(
-        self, grant: Grant, account_id: AccountId, stamp: Stamp, *, purge: bool
-    ) -> None:
-        self.checks.asked(self.process, f"removing {account_id}", grant.epoch)
-        await super().remove_account(grant, account_id, stamp, purge=purge)
-
-    async def purge_messages(self, grant: Grant, *, before: float, count_max: int) -> int:
-        self.checks.asked(self.process, "a purge", grant.epoch)
-        return await super().purge_messages(grant, before=before, count_max=count_max)
-
-
-# --- WhatsApp ------------------------------------------------------------------------------------
+def make_limits(rng: random.Random) -> Limits:
+    """Settings of one process; what has backed off for long comes back within a calm."""
+    return Limits(
+        reconnect_cap_s=8.0,
+        warm_every_s=rng.choice((20.0, 120.0)),
+        settle_s=rng.choice((1.0, 8.0)),
+        read_concurrency=rng.choice((1, 16)),
+        open_concurrency=rng.choice((1, 2, 50)),
+        commit_messages_max=rng.choice((1, 3, 100)),
+        purge_every_s=30.0,
+        message_retention_s=300.0,
+        transitions_kept=20,
+    )
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An act on its way: who asked, under which epoch, and its pauses until then."""
+class Kind:
+    """What a world is made of. `mixed`: upgrades change the settings."""
 
-    process: Process
-    epoch: int
-    pauses: int
+    hosts: int = 3
+    durability: Durability = Durability.REMOTE
+    mixed: bool = False
+    message_every_s: float = MESSAGE_EVERY_S
+    rate_error: float = RATE_ERROR
 
 
-class SimulatedWhatsApp(FakeWhatsApp):
-    """The server: knows which process is behind each connection."""
+Wiring = Callable[[Ports, Process], Ports]
+"""Puts something between the machine and its ports, for one process."""
 
-    def __init__(self, checks: Checks) -> None:
-        super().__init__()
-        self.checks = checks
-        self.asked: dict[FakeConnection, Asked] = {}
-        self.sends: dict[tuple[AccountId, MessageId], Asked] = {}
 
-    def log_in(self, connection: FakeConnection) -> None:
-        asked = self.asked[connection]
-        others = [self.asked[other].process for other in self.open.values()]
-        super().log_in(connection)
-        what = f"login of {connection.account_id}"
-        self.checks.happened(asked.process, what, asked.epoch, asked.pauses)
-        if self.checks.may_act(asked.process, asked.epoch):
-            self.checks.connected(asked.process, connection.account_id, others)
+@dataclass(eq=False)
+class Host:
+    """What outlives a process: the disk, the clock, the way to the store."""
 
-    def show_qr(self, connection: FakeConnection) -> None:
-        self.checks.violated(f"{connection.account_id} asks for a QR code: its identity is lost")
-        super().show_qr(connection)
+    name: str
+    link: Link
+    disk: SimulatedDisk
+    clock: HostClock
+    lives: int = 0
+    process: Process | None = None
+    store: SimulatedStore | None = None
+    connector: SimulatedConnector | None = None
+    front: Front | None = None
 
-    def deliver(
+    @property
+    def running(self) -> Process | None:
+        """Its process, unless that is dead or stopped."""
+        process = self.process
+        return process if process is not None and not process.gate.closed else None
+
+    @property
+    def acting(self) -> Instance | None:
+        """Its instance, if it runs and has a term."""
+        process = self.running
+        if process is None or process.instance.state is not State.ACTIVE:
+            return None
+        return process.instance if process.instance.desk is not None else None
+
+
+class World:
+    """Hosts, store, WhatsApp, clients."""
+
+    def __init__(
         self,
-        account_id: AccountId,
-        to: str,
-        message_id: MessageId,
-        text: str,
-        ratchet: tuple[int, int],
-    ) -> None:
-        super().deliver(account_id, to, message_id, text, ratchet)
-        asked = self.sends[account_id, message_id]
-        arrived = self.raw[-1]
-        kind = "readable" if arrived.readable else "unreadable"
-        kind = "duplicate" if arrived.duplicate else kind
-        what = f"wire {account_id} {message_id} {kind}"
-        self.checks.happened(asked.process, what, asked.epoch, asked.pauses)
-
-    def connections_of(self, process: Process) -> list[FakeConnection]:
-        return [one for one in self.open.values() if self.asked[one].process is process]
-
-    def process_died(self, process: Process) -> None:
-        """Its sockets are closed by the kernel, those not logged in yet too."""
-        for connection, asked in self.asked.items():
-            if asked.process is process:
-                self.forget(connection)
-
-
-class SimulatedConnector(FakeConnector):
-    """One process's way to WhatsApp."""
-
-    def __init__(self, world: SimulatedWhatsApp, process: Process, checks: Checks) -> None:
-        super().__init__(world)
-        self.process = process
-        self.checks = checks
-        self.whatsapp = world
-
-    def open_bridge(self) -> AbstractAsyncContextManager[Bridge]:
-        return self._open_watched_bridge()
-
-    @asynccontextmanager
-    async def _open_watched_bridge(self) -> AsyncIterator[Bridge]:
-        async with super()._open_bridge() as bridge:
-            assert isinstance(bridge, FakeBridge)
-            yield WatchedBridge(bridge, self)
-
-
-class WatchedBridge:
-    """A bridge whose every act is told in the instant it is asked for."""
-
-    def __init__(self, bridge: FakeBridge, connector: SimulatedConnector) -> None:
-        self._bridge = bridge
-        self._connector = connector
-
-    def ask(self, what: str) -> Asked:
-        process = self._connector.process
-        epoch = process.instance.epoch
-        self._connector.checks.asked(process, what, epoch)
-        return Asked(process, epoch, process.pauses)
-
-    def open_connection(
-        self,
-        account_id: AccountId,
-        keys: Mapping[KeyName, bytes] | None,
+        seed: int,
+        kind: Kind,
+        checks: Checks,
+        clock: WorldClock,
+        nursery: trio.Nursery,
         *,
-        doubtful: Collection[str] = (),
-        distrust_sessions: bool = False,
-    ) -> AbstractAsyncContextManager[Connection]:
-        asked = self.ask(f"opening {account_id}")
-        inner = self._bridge.open_connection(
-            account_id, keys, doubtful=doubtful, distrust_sessions=distrust_sessions
+        state: SimulatedState,
+        wire: Wiring = lambda ports, _process: ports,
+    ) -> None:
+        self.seed = seed
+        self.kind = kind
+        self.checks = checks
+        self.clock = clock
+        self.nursery = nursery
+        self.network = Network(clock)
+        self.state = state
+        state.connect(checks, self.network, random.Random(f"{seed} store"))
+        state.initialise(0)
+        self.whatsapp = SimulatedWhatsApp(checks)
+        checks.on_rollback = self.whatsapp.forgive
+        self.clients = Clients(
+            seed, checks, ACCOUNTS, self._open_fronts, every_s=kind.message_every_s
         )
-        return self._open_connection(inner, asked)
+        self.restart_s = (0.0, 0.0)
+        self.ttl_s = TIMINGS[0].ttl_s
+        self.lease_put_back = False
+        self.contacts = Contacts(seed, self.whatsapp, ACCOUNTS, every_s=2 * kind.message_every_s)
+        self._wire = wire
+        self._codec = FakeCodec()
+        self._rng = random.Random(f"{seed} restarts")
+        self._processes: list[Process] = []
+        self._add_accounts()
+        self.hosts = [self._make_host(name) for name in "abcde"[: kind.hosts]]
+        nursery.start_soon(self.network.run)
 
-    @asynccontextmanager
-    async def _open_connection(
-        self, inner: AbstractAsyncContextManager[Connection], asked: Asked
-    ) -> AsyncIterator[Connection]:
-        whatsapp = self._connector.whatsapp
-        async with inner as connection:
-            assert isinstance(connection, FakeConnection)
-            whatsapp.asked[connection] = asked
-            try:
-                yield WatchedConnection(connection, self)
-            finally:
-                # The server forgets it a moment later, when the fake's own block ends.
-                whatsapp.forget(connection)
-                del whatsapp.asked[connection]
+    def _make_host(self, name: str) -> Host:
+        rng = random.Random(f"{self.seed} host {name}")
+        error = self.kind.rate_error
+        clock = HostClock(
+            rate=1.0 + rng.uniform(-error, error),
+            began_at=rng.uniform(0.0, UPTIME_MAX_S),
+            wall_offset_s=rng.uniform(-WALL_SKEW_S, WALL_SKEW_S),
+        )
+        return Host(name, Link(rng), SimulatedDisk(rng), clock)
+
+    def _add_accounts(self) -> None:
+        version = Version(0, 1)
+        for account_id in ACCOUNTS:
+            account = replace(
+                new_account(account_id, f"{account_id}'s", 1.0),
+                status=AccountStatus.CONNECTED,
+                phone=self.whatsapp.phone(account_id),
+                last_connected_at=1.0,
+            )
+            self.whatsapp.script(account_id).receipts = (MessageState.DELIVERED, MessageState.READ)
+            change = KeyChange({KeyName("creds"): CREDS})
+            packed = self._codec.change(account_id, {}, change, version)
+            parts = {name: part for name, part in packed.items() if part is not None}
+            fence, stamp = self.state.fence or (None, None)
+            assert fence is not None
+            assert stamp is not None
+            grant = Grant(fence.epoch, fence.holder, fence.incarnation, stamp)
+            self.state.create_account(grant, account, version, parts)
+
+    # --- processes
+
+    def start(self, host: Host) -> None:
+        """Start a process on a host that has none; it has the disk of the one before."""
+        assert host.process is None
+        host.lives += 1
+        incarnation = f"{host.name}{host.lives}"
+        rng = random.Random(f"{self.seed} {incarnation}")
+        timing = rng.choice(TIMINGS) if self.kind.mixed else TIMINGS[0]
+        gate = Gate(incarnation, host.clock)
+        process = host.process = Process(host.name, incarnation, gate, timing, host.disk)
+        self.checks.processes[incarnation] = process
+        store = host.store = SimulatedStore(self.state, host.link, process, self.checks)
+        connector = host.connector = SimulatedConnector(self.whatsapp, process, self.checks)
+        ports = Ports(
+            lease=store,
+            accounts=store,
+            outbox=store,
+            inbox=store,
+            local=host.disk,
+            codec=self._codec,
+            connector=connector,
+            legacy=FakeLegacy(),
+            journal=_Telling(self, process, connector),
+            clocks=SimulatedClocks(self.clock, host.clock),
+            rng=rng,
+        )
+        limits = make_limits(rng) if self.kind.mixed else make_limits(random.Random(0))
+        process.instance = Instance(
+            Identity(host.name, incarnation, f"http://{host.name}"),
+            ports=self._wire(ports, process),
+            timing=timing,
+            limits=limits,
+            durability=self.kind.durability,
+        )
+        host.front = Front(process.instance, host.link, self.network, rng, self._find_front)
+        self.checks.tell(host.name, f"starts as {incarnation}, ttl {timing.ttl_s:g}")
+        self._processes.append(process)
+        process.gate.spawn(self.nursery, lambda: self._live(host, process, connector))
+
+    def check_nothing_left(self, process: Process, connector: SimulatedConnector) -> None:
+        connections = len(self.whatsapp.connections_of(process))
+        self.checks.term_ended(process, connections, len(connector.bridges))
+
+    async def _live(self, host: Host, process: Process, connector: SimulatedConnector) -> None:
+        """A process's life: the instance, and whoever asks it."""
+        front = host.front
+        assert front is not None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(front.serve)
+                await process.instance.run()
+                self.check_nothing_left(process, connector)
+                nursery.cancel_scope.cancel()
+        except Exception as error:  # noqa: BLE001 - a bug, and told as one
+            self.checks.violated(0, f"{process.name} ended with a bug: {_describe(error)}")
+        self.network.post(0.0, lambda: self._ended(host, process, front))
+
+    def _ended(self, host: Host, process: Process, front: Front) -> None:
+        """In the world: a process is gone, and a supervisor starts the next."""
+        front.die()
+        if host.process is process:
+            self.checks.tell(host.name, "has ended")
+            host.process = None
+            self.nursery.start_soon(self._restart, host)
+
+    async def _restart(self, host: Host) -> None:
+        await trio.sleep(self._rng.uniform(*self.restart_s))
+        if host.process is None:
+            self.start(host)
+
+    def crash(self, host: Host) -> None:
+        """End a host's process between two of its steps, without any last word."""
+        process, front = host.process, host.front
+        assert process is not None
+        assert front is not None
+        self.checks.tell(host.name, "crashes")
+        process.dead = True
+        process.gate.close()
+        self.whatsapp.process_died(process)
+        self.state.process_died(process)
+        self._ended(host, process, front)
+
+    def holder(self) -> Host | None:
+        """The host whose process the fence names."""
+        if self.state.fence is None:
+            return None
+        fence = self.state.fence[0]
+        for host in self.hosts:
+            if host.process is not None and host.process.incarnation == fence.incarnation:
+                return host
+        return None
+
+    def acting(self) -> Instance | None:
+        """An instance that is ACTIVE and takes requests."""
+        for host in self.hosts:
+            if host.acting is not None:
+                return host.acting
+        return None
+
+    def end(self) -> None:
+        """Let every process go on to its end, the dead too, without any store to reach."""
+        for host in self.hosts:
+            host.link.cut += 1
+        for process in self._processes:
+            process.gate.open()
+
+    @property
+    def tears(self) -> bool:
+        """Whether a crash may tear what the disk was writing: not where it is the only copy."""
+        return self.kind.durability is Durability.REMOTE
+
+    def reconnect_excused(self) -> None:
+        """The operator takes accounts out of quarantine, now that they can be read again."""
+        for host in self.hosts:
+            instance, process = host.acting, host.running
+            if instance is None or process is None:
+                continue
+            for account_id in sorted(self.clients.excused):
+                process.gate.spawn(self.nursery, partial(_reconnect, instance, account_id))
+
+    # --- requests
+
+    def _open_fronts(self) -> list[Front]:
+        """Where callers can connect to."""
+        fronts = [host.front for host in self.hosts if host.process is not None]
+        return [front for front in fronts if front is not None and not front.dead]
+
+    def _find_front(self, address: str) -> Front | None:
+        for host in self.hosts:
+            if address == f"http://{host.name}" and host.process is not None:
+                return host.front
+        return None
+
+    # --- what must be true in the end
+
+    def unconnected(self) -> list[AccountId]:
+        return [account_id for account_id in ACCOUNTS if account_id not in self.whatsapp.open]
+
+    def undelivered(self) -> list[MessageId]:
+        """Accepted messages that no recipient can read yet."""
+        read = {one.message_id for one in self.whatsapp.inbox()}
+        return [message_id for message_id in self.clients.accepted if message_id not in read]
+
+    def unreceived(self) -> list[MessageId]:
+        """Messages to accounts of which WhatsApp has no receipt yet."""
+        return [one for account_id in ACCOUNTS for one in self.whatsapp.waiting(account_id)]
+
+    def check_end(self) -> None:
+        """Every accepted message arrived once, readable; every account is there, and itself."""
+        for message_id in self.unreceived():
+            self.checks.violated(6, f"{message_id} was sent to an account and is not received")
+        seen: dict[tuple[str, str], MessageId] = {}
+        for one in self.whatsapp.inbox():
+            # By its text: a message that is sent under two ids is two messages to who gets them.
+            other = seen.setdefault((one.to, one.text), one.message_id)
+            if other != one.message_id:
+                self.checks.violated(
+                    6, f"{one.text} was shown twice, as {other} and {one.message_id}"
+                )
+        for message_id in self.undelivered():
+            stored = self.state.messages.get(message_id)
+            self.checks.violated(6, f"{message_id} was accepted and never arrived: {stored}")
+        for account_id in ACCOUNTS:
+            copy = self.state.fetch_account(account_id)
+            keys = {} if copy is None else self._codec.unpack(account_id, copy.parts)
+            if keys.get(KeyName("creds")) != CREDS:
+                self.checks.violated(7, f"{account_id} is not itself any more: {copy}")
+        for account_id in self.unconnected():
+            self.checks.violated(8, f"{account_id} is not connected in the end")
 
 
-class WatchedConnection:
-    """A connection whose sends are told in the instant they are asked for."""
-
-    def __init__(self, connection: FakeConnection, bridge: WatchedBridge) -> None:
-        self._connection = connection
-        self._bridge = bridge
-
-    async def next_event(self) -> ConnectionEvent:
-        return await self._connection.next_event()
-
-    async def send_text(self, message_id: MessageId, to: str, text: str) -> ServerAck:
-        asked = self._bridge.ask(f"sending {message_id}")
-        whatsapp = self._connection.world
-        assert isinstance(whatsapp, SimulatedWhatsApp)
-        whatsapp.sends[self._connection.account_id, message_id] = asked
-        return await self._connection.send_text(message_id, to, text)
-
-    async def is_on_whatsapp(self, to: str) -> bool:
-        return await self._connection.is_on_whatsapp(to)
-
-    async def request_pairing_code(self, phone: str) -> tuple[str, float]:
-        return await self._connection.request_pairing_code(phone)
-
-    async def log_out(self) -> None:
-        await self._connection.log_out()
+async def _reconnect(instance: Instance, account_id: AccountId) -> None:
+    if instance.desk is not None:
+        with suppress(Refusal):
+            await instance.desk.reconnect(account_id)
 
 
-# --- telling -------------------------------------------------------------------------------------
-
-
-@dataclass
-class SimulatedJournal:
+class _Telling:
     """A journal that goes into the trace."""
 
-    process: Process
-    checks: Checks
-    term_ended: Callable[[], None]
+    def __init__(self, world: World, process: Process, connector: SimulatedConnector) -> None:
+        self._world = world
+        self._process = process
+        self._connector = connector
 
     def note(self, event: str, /, **fields: object) -> None:
         if event in UNTRACED:
             return
         shown = " ".join(f"{name}={value}" for name, value in fields.items())
-        self.checks.tell(self.process.name, f"{event} {shown}")
+        self._world.checks.tell(self._process.name, f"{event} {shown}")
         if (event, fields.get("dest")) == ("transition.made", "PASSIVE"):
             # The instance drains inside its term, but is PASSIVE only after it.
-            self.term_ended()
+            self._world.check_nothing_left(self._process, self._connector)
+
+
+def _describe(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,20 @@
+"""Seeds that once found something, run for ever. Each with what it found.
+
+A seed names a world only as long as the simulation draws its numbers in the same order: when that
+changes, a seed is one world among many again, and what it found is kept by the unit test that came
+with the fix. They cost little and stay.
+"""
+
+from __future__ import annotations
+
+PINNED = {
+    3: "connections stayed open after a suspend past the deadline, while another holder logged in",
+    8: "durability local: the mark `sending` was lost in a crash, and a ratchet's key used twice",
+    10: "a seal applied to an older disk copy gave old keys a new version",
+    13: "missing lease documents made anew: an epoch that had been acted under was granted again",
+    18: "after a suspend, an act was on its way for up to half a second past the deadline",
+    21: "accounts carried the new term's own epoch: another had acted under it before a backup",
+    22: "a send that was under way when the term ended was called not accepted, and sent twice",
+    27: "lease documents of a backup showed a lease as free whose holder was still acting",
+    73: "a connection was opened while the ack of the one before was still being stored",
+}
