@@ -45,6 +45,7 @@ simulate: $(DEV) ## run simulated worlds: SEEDS=100 MINUTES=10; docs/simulation.
 
 torture: $(DEV) ## break real processes on a real emulator: MINUTES=10 SEED=…; docs/torture.md
 	@$(BIN)/python -m tests.torture --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 mutants: $(DEV) ## see that the simulation catches every deliberate mistake; writes their table
 	@$(BIN)/python -m tests.simulation --mutants $(ARGS)
 
