@@ -34,6 +34,8 @@ from machine.records import AccountId, InboundMessage, KeyChange, KeyName, Messa
 CREDS = KeyName("creds")
 SESSION_PREFIX = "session-"
 QR_VALID_S = 60.0
+QR_NEXT_VALID_S = 20.0
+"""Baileys' own times: of the first code, and of each later one."""
 WALL_AT_START = 1_700_000_000.0
 
 
@@ -59,6 +61,8 @@ class Script:
     receipts: tuple[MessageState, ...] = ()
     """What follows each ack, for example `(DELIVERED, READ)`."""
     not_on_whatsapp: set[str] = field(default_factory=set)
+    qr_refs: int | None = None
+    """How many QR codes a pairing shows one after the other; `None`: one, for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +343,8 @@ class FakeConnection:
         self._script = script
         self._begins_at = trio.current_time() + script.login_delay_s
         self._begun = False
+        self._qr_count = 0
+        self._qr_ends_at = 0.0
         self._paired: trio.Event | None = None
         self._keys = None if keys is None else dict(keys)
         self._events: deque[ConnectionEvent] = deque()
@@ -414,8 +420,7 @@ class FakeConnection:
             return
         if self._keys is None:
             self.world.show_qr(self)
-            expires_at = WALL_AT_START + trio.current_time() + QR_VALID_S
-            self.push(QrShown(f"fake-qr:{self.account_id}", expires_at))
+            self._turn_qr()
         elif self._script.refuse_login:
             self.end(self._script.refuse_login.popleft())
         elif self.account_id in self.world.unlinked or CREDS not in self._keys:
@@ -424,6 +429,18 @@ class FakeConnection:
             self.world.log_in(self)
             self.push(Connected(self.world.phone(self.account_id)))
             self.world.hand_over_backlog(self)
+
+    def _turn_qr(self) -> None:
+        """Show the next QR code, or give up after the last."""
+        if self._qr_count == self._script.qr_refs:
+            self.end(ConnectionClosed(408, "QR refs used up"))
+            return
+        valid_s = QR_NEXT_VALID_S if self._qr_count else QR_VALID_S
+        self._qr_count += 1
+        number = f"#{self._qr_count}" if self._qr_count > 1 else ""
+        self._qr_ends_at = trio.current_time() + valid_s
+        expires_at = WALL_AT_START + self._qr_ends_at
+        self.push(QrShown(f"fake-qr:{self.account_id}{number}", expires_at))
 
     # -- the machine's side
 
@@ -441,6 +458,11 @@ class FakeConnection:
                 await _wait_either(self._stirred, self._paired)
                 if self._paired.is_set():
                     self.end(ConnectionClosed(515, "restart required"))
+            elif self._keys is None and self._script.qr_refs is not None:
+                with trio.move_on_at(self._qr_ends_at):
+                    await self._stirred.wait()
+                if trio.current_time() >= self._qr_ends_at and self._paired is None:
+                    self._turn_qr()
             else:
                 await self._stirred.wait()
         return self._events.popleft()

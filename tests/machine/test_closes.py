@@ -323,6 +323,56 @@ async def test_a_refusal_that_comes_late_is_told_as_well(autojump_clock: MockClo
 # --- QR codes
 
 
+async def test_each_qr_code_is_shown_until_the_next_and_none_after_the_last(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        lab.whatsapp.script(ANN).qr_refs = 3
+        a = await serving(lab.start(lab.make("a")))
+        began = trio.current_time()
+        await a.desk.add_account(ANN, "Ann")
+        shown = []
+        for age_s in (0.0, 59.0, 61.0, 79.0, 81.0, 99.0):
+            await trio.sleep_until(began + age_s + 0.5)
+            code = await a.desk.qr(ANN)
+            assert code.expires_at > a.clocks.wall()
+            shown.append(code)
+        assert [code.qr for code in shown[::2]] == [code.qr for code in shown[1::2]]
+        lengths = [code.expires_at - shown[0].expires_at for code in shown[::2]]
+        assert lengths == pytest.approx([0.0, 20.0, 40.0])
+        await a.journal.wait_for("pairing.expired")
+        assert trio.current_time() == pytest.approx(began + 100.0, abs=0.1)
+        with pytest.raises(NotAwaitingScan):
+            await a.desk.qr(ANN)
+        assert (await a.desk.account(ANN)).account.status is AccountStatus.STOPPED
+        assert lab.state.accounts[ANN].parts == {}
+        # Asked for again, the pairing begins with a code of its own.
+        await a.desk.repair(ANN)
+        assert (await a.desk.qr(ANN)).expires_at == pytest.approx(a.clocks.wall() + 60.0)
+        lab.whatsapp.scan(ANN)
+        await a.journal.wait_for("session.connected")
+
+
+async def test_a_pairing_goes_on_at_the_next_instance_when_the_restart_was_never_answered(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        a = await serving(lab.start(lab.make("a")))
+        await a.desk.add_account(ANN, "Ann")
+        b = await standby(lab, "b")
+        # The keys are stored and the phone is linked; this instance never opens the account.
+        lab.whatsapp.script(ANN).open_delay_s = 1e6
+        lab.whatsapp.scan(ANN)
+        await trio.sleep(5.0)
+        assert lab.state.accounts[ANN].parts
+        a.store.partitioned = True
+        await a.journal.wait_for("lease.lost")
+        lab.whatsapp.script(ANN).open_delay_s = 0.0
+        await serving(b)
+        assert (await b.desk.account(ANN)).account.status is AccountStatus.CONNECTED
+        assert lab.whatsapp.opened == 1
+
+
 async def test_a_qr_code_is_not_shown_after_its_time(autojump_clock: MockClock) -> None:
     async with open_lab() as lab:
         a = await serving(lab.start(lab.make("a")))
