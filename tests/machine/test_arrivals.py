@@ -157,6 +157,31 @@ async def test_the_same_message_again_is_acknowledged_keeps_its_keys_and_the_fir
         assert stored(lab) == [("m1", "first")]
 
 
+async def test_messages_that_change_no_key_have_places_of_their_own_and_the_first_text_stays(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        a = await serving(lab.start(lab.make("a")))
+
+        def push(message_id: str, text: str) -> None:
+            message = InboundMessage(ANN, MessageId(message_id), "49170", "49170", None, text, 1, 2)
+            connection(lab).push(MessageReceived(message, None, trio.Event()))
+
+        # While one is being written the others gather, and go in one commit.
+        a.store.delay(0.1)
+        push("m0", "alone")
+        push("m1", "first")
+        push("m1", "second, in the same commit")
+        await a.journal.wait_for("message.received", 3)
+        push("m2", "another commit")
+        await a.journal.wait_for("message.received", 4)
+        assert stored(lab) == [("m0", "alone"), ("m1", "first"), ("m2", "another commit")]
+        places = [entry.place for entry in lab.state.list_inbox(ANN, None, 9)]
+        assert places[0] < places[1] < places[2]
+        assert {place.number for place in places} == {0}
+
+
 async def test_mail_that_came_while_nobody_held_the_lease_arrives_after_the_restore(
     autojump_clock: MockClock,
 ) -> None:

@@ -25,6 +25,7 @@ LOCAL, REMOTE = Durability.LOCAL, Durability.REMOTE
 SETTLED = LastTerm(settled=True, here=False)
 LOST_HERE = LastTerm(settled=False, here=True)
 LOST_ELSEWHERE = LastTerm(settled=False, here=False)
+_numbers = itertools.count(1)
 SESSION = KeyName("session-4915112345678.0")
 
 
@@ -98,8 +99,9 @@ async def serving(host: Host) -> Host:
 
 async def used(lab: Lab, host: Host, count: int = 2) -> None:
     """Send from Ann's account, so that there is a session."""
-    for number in range(count):
-        message = await host.send(ANN, f"{host.name} {number}")
+    for _ in range(count):
+        # A text makes an id: never the same one twice, or nothing is sent.
+        message = await host.send(ANN, f"text {next(_numbers)}")
         await host.desk.wait_progress(message.message_id)
 
 
@@ -210,6 +212,28 @@ async def test_an_account_that_the_shared_store_lost_is_opened_without_its_sessi
         assert lab.whatsapp.unreadable() == []
         await trio.sleep(1.0)
         assert not stored_doubt(lab)
+
+
+async def test_an_account_found_lost_only_when_the_store_is_back_is_doubted_all_the_same(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN, BEN)
+        a = await serving(lab.start(lab.make("a")))
+        await used(lab, a)
+        a.instance.request_drain("stop")
+        await a.ended.wait()
+        del lab.state.accounts[ANN]
+        again = lab.make("a", local=a.local)
+        again.store.fail_next("list_accounts", 100)
+        again.store.fail_next("fetch_account", 20)
+        await serving(lab.start(again))
+        assert again.term.restore_report.found_shared is None
+        await again.journal.wait_for("session.connected", 2)
+        assert [one["cause"] for one in again.journal.of("account.doubted")] == [ONLY_DISK]
+        await used(lab, again)
+        assert lab.whatsapp.unreadable() == []
+        assert SESSION in lab.codec.unpack(ANN, lab.state.accounts[ANN].parts)
 
 
 async def test_a_doubt_outlives_a_crash_before_the_sessions_were_dropped(
