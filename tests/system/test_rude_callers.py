@@ -180,8 +180,7 @@ def renewed_at(node: Node) -> list[float]:
 
 
 def memory_mb(node: Node) -> float:
-    assert node.process is not None
-    status = Path(f"/proc/{node.process.pid}/status").read_text()
+    status = Path(f"/proc/{node.daemon_pid}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     assert found is not None
     return int(found[1]) / 1024
