@@ -6,6 +6,7 @@ Never lives here: a decision. What becomes of the lease and the accounts is `mac
 from __future__ import annotations
 
 import gc
+import math
 import os
 import secrets
 import signal
@@ -92,6 +93,8 @@ DAEMON_EVENTS = {
 CONNECT_MS = 20_000
 DEVICE = ("Ubuntu", "Chrome", "22.04.4")
 """What the phone lists an account's device as; pairing codes are given to known browsers only."""
+BRIDGE_SILENT_S_MIN = 2.0
+"""With a ttl so short that less would be left, a busy moment of the daemon's must not end them."""
 BRIDGE_ACCOUNTS_MAX = 200
 BRIDGE_ACCOUNTS_MAX_OLD_NODE = 50
 
@@ -233,7 +236,7 @@ async def _open_baileys(
     plan = ProcessPlan(
         (node.path, str(directory.absolute() / PROGRAM)),
         make_bridge_options(settings),
-        ping_every_s=settings.bridge_ping_s / 2,
+        ping_every_s=min(settings.bridge_ping_s / 2, bridge_silent_s(settings) / 3),
         ping_s=settings.bridge_ping_s,
     )
     async with open_baileys(
@@ -256,7 +259,18 @@ def make_bridge_options(settings: Settings) -> Options:
         connect_timeout_ms=CONNECT_MS,
         url=settings.whatsapp_url or UNSET,
         url_insecure=True if settings.whatsapp_url_insecure else UNSET,
+        silent_ms=math.ceil(bridge_silent_s(settings) * 1000),
     )
+
+
+def bridge_silent_s(settings: Settings) -> float:
+    """How long a bridge process goes on without a word from its daemon.
+
+    A daemon that hangs has renewed its lease a whole interval before its last word, at worst; what
+    is left of the ttl then, less the margin, is over before anybody else may take the lease.
+    """
+    left_s = settings.lease_ttl_s - settings.lease_renew_s - settings.lease_margin_s
+    return max(left_s, BRIDGE_SILENT_S_MIN)
 
 
 def make_codec(settings: Settings) -> PackedAuthCodec:

@@ -54,6 +54,8 @@ class Options(Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_
     """Whether `url` may be another host than this one."""
     qr_timeout_ms: Number | UnsetType = UNSET
     keep_alive_ms: Number | UnsetType = UNSET
+    silent_ms: Number | UnsetType = UNSET
+    """How long the daemon may say nothing before the process ends by itself."""
 
 
 class Call(_Frame, tag_field="call", frozen=True, kw_only=True):

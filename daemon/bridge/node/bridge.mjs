@@ -10,6 +10,7 @@ import { AccountKeys, KeysUnusable } from './keys.mjs'
 import { Line, LineBroken } from './line.mjs'
 import { LOG_LEVELS, readOptions } from './options.mjs'
 import { describeError } from './redact.mjs'
+import { watchSilence } from './silence.mjs'
 
 const LINE_FD = 3
 /** Far above what the daemon gives one process; beyond it `open` is refused. */
@@ -60,6 +61,7 @@ class Bridge {
 	#connections = new Map()
 	#asked = new Map()
 	#asksMade = 0
+	#heard = () => {}
 
 	/** @param {Line} line */
 	constructor(line) {
@@ -133,6 +135,7 @@ class Bridge {
 	// --- frames ---------------------------------------------------------------------------------
 
 	#handle(frame) {
+		this.#heard()
 		if (Object.hasOwn(frame, 'answer')) this.#answered(frame)
 		else this.#called(frame).catch(error => this.end(error))
 	}
@@ -169,6 +172,12 @@ class Bridge {
 
 	_hello({ options }, reply) {
 		this.#options = readOptions(options)
+		const { silentMs } = this.#options
+		if (silentMs) {
+			this.#heard = watchSilence(silentMs, () =>
+				this.end(new Error(`the daemon has said nothing for ${silentMs} ms`))
+			)
+		}
 		reply({ node: process.versions.node, baileys: baileysVersion(), pid: process.pid })
 	}
 

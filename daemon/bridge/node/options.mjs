@@ -14,7 +14,8 @@ const SHAPE = {
 	logLevel: 'text',
 	qrTimeoutMs: 'milliseconds?',
 	connectTimeoutMs: 'milliseconds?',
-	keepAliveMs: 'milliseconds?'
+	keepAliveMs: 'milliseconds?',
+	silentMs: 'milliseconds?'
 }
 
 /**
@@ -24,6 +25,7 @@ const SHAPE = {
  * @property {string} logLevel
  * @property {number} qrFirstMs how long the first QR code is valid
  * @property {number} qrNextMs how long each later one is
+ * @property {number} [silentMs] how long the daemon may say nothing before this process ends
  * @property {object} socket what Baileys is given for every account
  */
 
@@ -44,6 +46,7 @@ export function readOptions(given) {
 		logLevel: given.logLevel,
 		qrFirstMs: given.qrTimeoutMs ?? QR_FIRST_MS,
 		qrNextMs: given.qrTimeoutMs ?? QR_NEXT_MS,
+		silentMs: given.silentMs,
 		socket: socketOptions(url, given)
 	}
 }
