@@ -168,9 +168,10 @@ async def test_messages_that_change_no_key_have_places_of_their_own_and_the_firs
             message = InboundMessage(ANN, MessageId(message_id), "49170", "49170", None, text, 1, 2)
             connection(lab).push(MessageReceived(message, None, trio.Event()))
 
-        # What comes in one instant goes in one commit.
+        # While one is being written the others gather, and go in one commit.
         a.store.delay(0.1)
         push("m0", "alone")
+        await trio.sleep(0.05)
         push("m1", "first")
         push("m1", "second, in the same commit")
         await a.journal.wait_for("message.received", 3)
