@@ -326,7 +326,8 @@ def setup_whatsapp(
 @app.command()
 def cost(
     accounts: Annotated[int, typer.Option(min=0, help="How many accounts.")] = 100,
-    messages: Annotated[int, typer.Option(min=0, help="Messages a day.")] = 1000,
+    messages: Annotated[int, typer.Option(min=0, help="Messages sent a day.")] = 1000,
+    received: Annotated[int, typer.Option(min=0, help="Messages received a day.")] = 1000,
     standbys: Annotated[int, typer.Option(min=0, help="How many instances stand by.")] = 1,
     deploys: Annotated[float, typer.Option(min=0, help="Deploys a day.")] = 1.0,
     as_json: Json = False,
@@ -337,7 +338,7 @@ def cost(
 
     with _ending():
         settings = _load().settings
-    told = report(settings, Load(accounts, messages, standbys, deploys))
+    told = report(settings, Load(accounts, messages, standbys, deploys, received))
     if as_json:
         print_json(told)
         return

@@ -33,6 +33,9 @@ WRITES_PER_MESSAGE = 9
 """Accepted: message and account. Acknowledged: message, account, one bucket of keys. Delivered
 and read: message and account each."""
 
+WRITES_PER_RECEIVED = 3
+"""The message, its account, one bucket of keys; those that come together share the latter two."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -42,6 +45,7 @@ class Load:
     messages_per_day: int = 1000
     standbys: int = 1
     deploys_per_day: float = 1.0
+    received_per_day: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def costs(settings: Settings, load: Load) -> tuple[Cost, ...]:
     warms = MONTH_S / settings.warm_every_s * load.standbys
     activations = load.deploys_per_day * DAYS
     messages = load.messages_per_day * DAYS
+    received = load.received_per_day * DAYS
     return (
         Cost(
             "holder: renewals",
@@ -93,10 +98,17 @@ def costs(settings: Settings, load: Load) -> tuple[Cost, ...]:
             writes=activations * (load.accounts + 4),
         ),
         Cost(
-            "messages",
+            "messages sent",
             f"{load.messages_per_day} a day, {WRITES_PER_MESSAGE} writes each",
             writes=messages * WRITES_PER_MESSAGE,
             deletes=messages,
+        ),
+        Cost(
+            "messages received",
+            f"{load.received_per_day} a day, {WRITES_PER_RECEIVED} writes each, read once",
+            reads=received,
+            writes=received * WRITES_PER_RECEIVED,
+            deletes=received,
         ),
     )
 

@@ -370,7 +370,10 @@ class Settings(BaseSettings):
         default=1000, ge=1, le=100_000, description="Pending messages of an account, then 429."
     )
     message_retention_days: float = Field(
-        default=7.0, gt=0, le=365, description="Days that settled messages are kept for status."
+        default=7.0,
+        gt=0,
+        le=365,
+        description="Days that settled and received messages are kept, to be looked up and read.",
     )
     warm_every_s: float = Field(
         default=3600.0,

@@ -9,7 +9,7 @@ from daemon.cli import app
 from daemon.cost import Load, costs, inside_free_quota, report
 from daemon.settings import Settings
 
-LEASE_ONLY = Load(accounts=0, messages_per_day=0, standbys=1, deploys_per_day=0)
+LEASE_ONLY = Load(accounts=0, messages_per_day=0, standbys=1, deploys_per_day=0, received_per_day=0)
 
 
 def test_renewals_at_the_defaults_are_what_the_design_says() -> None:
@@ -39,6 +39,13 @@ def test_slower_renewals_cost_less_and_more_standbys_cost_more() -> None:
     assert slow[0].writes == fast[0].writes / 4
     assert two[1].reads == 2 * fast[1].reads
     assert two[2].reads == 2 * fast[2].reads
+
+
+def test_received_messages_are_written_with_their_keys_read_once_and_deleted() -> None:
+    (row,) = (row for row in costs(Settings(), Load()) if row.what == "messages received")
+    assert (row.reads, row.writes, row.deletes) == (30_000, 90_000, 30_000)
+    (none,) = (row for row in costs(Settings(), LEASE_ONLY) if row.what == "messages received")
+    assert none.dollars == 0
 
 
 def test_total_is_the_sum_of_the_rows() -> None:
