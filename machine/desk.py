@@ -506,7 +506,7 @@ class Desk:
 
         def applied() -> None:
             session.outbox.unreserve()
-            session.outbox.put(message)
+            session.outbox.accept(message)
 
         try:
             await session.ledger.write(

@@ -47,6 +47,8 @@ class Limits:
     """Pending messages of one account; then `outbox_full`."""
     outbox_settled_kept: int = 200
     """Settled messages an account remembers in memory; older ones are read from the store."""
+    hang_up_s: float = 3.0
+    """How long a connection's end in good order may take; then it is cut off."""
     send_attempts_max: int = 20
     """Tries to deliver one message before it is `failed`."""
     commit_messages_max: int = 100

@@ -86,6 +86,7 @@ class AccountOutbox:
         self._pending: OrderedDict[MessageId, Message] = OrderedDict()
         self._settled: OrderedDict[MessageId, Message] = OrderedDict()
         self._reserved = 0
+        self._untried: set[MessageId] = set()
         self._changed: dict[MessageId, trio.Event] = {}
         self._arrived = trio.Event()
 
@@ -125,6 +126,22 @@ class AccountOutbox:
             )
         self._reserved += 1
 
+    def accept(self, message: Message) -> None:
+        """Put in a new message, which is durable now. It may be `sending` already, ahead of it."""
+        if message.state is MessageState.SENDING:
+            self._untried.add(message.message_id)
+        self.put(message)
+
+    def try_now(self, message: Message) -> None:
+        """Note that a message goes to the connection in this instant."""
+        self._untried.discard(message.message_id)
+        self.put(message)
+
+    @property
+    def untried(self) -> tuple[Message, ...]:
+        """Stored as `sending` when they were accepted, and never given to a connection."""
+        return tuple(m for m in self._pending.values() if m.message_id in self._untried)
+
     def unreserve(self) -> None:
         """Give a place back: its message is in the outbox now, or was not written."""
         self._reserved -= 1
@@ -152,6 +169,7 @@ class AccountOutbox:
             self._arrived.set()
         else:
             self._pending.pop(message.message_id, None)
+            self._untried.discard(message.message_id)
             self._settled[message.message_id] = message
             self._settled.move_to_end(message.message_id)
             while len(self._settled) > self._settled_kept:
@@ -178,7 +196,7 @@ class AccountOutbox:
         return frozenset(
             message.to
             for message in self._pending.values()
-            if message.state is MessageState.SENDING
+            if message.state is MessageState.SENDING and message.message_id not in self._untried
         )
 
 

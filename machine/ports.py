@@ -453,6 +453,14 @@ class Connection(Protocol):
     somebody must be reading events while messages are sent.
     """
 
+    def hang_up(self) -> None:
+        """Ask for the connection's end in good order, and hear the rest of it.
+
+        What it still has to tell (keys that changed, a message that was just read) comes out of
+        `next_event`, and then `ConnectionClosed`. Without it the block's end cuts that off.
+        """
+        ...
+
     async def next_event(self) -> ConnectionEvent:
         """Wait for the next event. Raises `ConnectionClosed` once all earlier ones were read."""
         ...

@@ -161,6 +161,9 @@ class Session:
             first_s=limits.reconnect_first_s, factor=2, cap_s=limits.reconnect_cap_s, jitter=0.5
         )
         self._running: trio.CancelScope | None = None
+        self._stopping = False
+        # The connection whose events are being heard, connected or not.
+        self._heard: Connection | None = None
         self._woken = trio.Event()
         self._ended = trio.Event()
         self._ended.set()
@@ -247,10 +250,20 @@ class Session:
             self._term.spawn(lambda: self._run(bridge, delay_s))
 
     async def stop(self) -> None:
-        """Close the connection and wait until nothing of the session runs."""
+        """Close the connection and wait until nothing of the session runs.
+
+        In good order for up to `hang_up_s`: keys that changed and are on their way are taken in.
+        Lost, they would leave the next holder with a ratchet that has moved on without it.
+        """
+        self._stopping = True
+        if self._heard is not None:
+            self._heard.hang_up()
+            with trio.move_on_after(self._limits.hang_up_s):
+                await self._ended.wait()
         if self._running is not None:
             self._running.cancel()
         await self._ended.wait()
+        self._stopping = False
         self._shown = None
 
     async def wait_sent(self) -> None:
@@ -287,6 +300,8 @@ class Session:
         await self._wait_ban()
         while True:
             was_connected, closed = await self._open_once(bridge)
+            if self._stopping:
+                return
             tries = 1 if was_connected else tries + 1
             if closed.code == DOUBLED:
                 await self._term.ask_lease()
@@ -361,6 +376,7 @@ class Session:
                     doubtful=self.outbox.doubtful_recipients(),
                     distrust_sessions=keys is not None and self._distrusted,
                 ) as connection:
+                    self._heard = connection
                     closed = await self._live(connection, opening, slot)
                     return self._connected_once, closed
         except ConnectionClosed as refused:
@@ -374,6 +390,7 @@ class Session:
             return self._connected_once, ConnectionClosed(503, str(away))
         finally:
             slot.give_back()
+            self._heard = None
             self.connection = None
             self.qr = None
         return False, ConnectionClosed(
@@ -395,6 +412,13 @@ class Session:
             def failed(error: Exception) -> None:
                 broke(ConnectionClosed(503, f"a change was not stored: {error}"))
 
+            async def hang_up(closed: ConnectionClosed) -> None:
+                # A send has failed; what came before that is heard first: keys may have changed.
+                ended.append(closed)
+                connection.hang_up()
+                await trio.sleep(self._limits.hang_up_s)
+                nursery.cancel_scope.cancel()
+
             while True:
                 try:
                     event = await connection.next_event()
@@ -409,7 +433,7 @@ class Session:
                         self.connection = connection
                         if self.account.sessions_doubtful:
                             nursery.start_soon(self._trust_again, failed)
-                        nursery.start_soon(self._deliver, connection, broke)
+                        nursery.start_soon(self._deliver, connection, hang_up, broke)
                     case QrShown(qr, expires_at):
                         opening.deadline = float("inf")
                         slot.give_back()
@@ -596,9 +620,15 @@ class Session:
         )
 
     async def _deliver(
-        self, connection: Connection, broke: Callable[[ConnectionClosed], None]
+        self,
+        connection: Connection,
+        hang_up: Callable[[ConnectionClosed], Awaitable[None]],
+        broke: Callable[[ConnectionClosed], None],
     ) -> None:
-        """Send pending messages one after the other. The one delivery task of this account."""
+        """Send pending messages one after the other. The one delivery task of this account.
+
+        What ends the connection ends it in good order, but where nothing can be stored any more.
+        """
         while True:
             message = await self.outbox.next_pending()
             if self._term.settling:
@@ -607,20 +637,22 @@ class Session:
             try:
                 await self._deliver_one(connection, message)
             except ConnectionClosed as closed:
-                broke(closed)
-                return
+                ended = closed
             except StoreAway as away:
                 broke(ConnectionClosed(503, str(away)))
                 return
             except trio.TooSlowError:
-                broke(ConnectionClosed(NO_RESPONSE, "the server did not answer a message in time"))
-                return
+                ended = ConnectionClosed(NO_RESPONSE, "the server did not answer a message in time")
             except (AuthUnreadable, AuthTooLarge, AccountVanished) as broken:
                 broke(_Unusable(str(broken)))
                 return
+            else:
+                continue
             finally:
                 self.sending = False
                 self._sent.set()
+            await hang_up(ended)
+            return
 
     async def _deliver_one(self, connection: Connection, message: Message) -> None:
         assert self.ledger is not None
@@ -640,9 +672,9 @@ class Session:
         message = self._moved(message, MessageState.SENDING, attempts=message.attempts + 1)
         if not _marked(self.outbox, message):
             await self.ledger.write(messages=(message,))
-        self.outbox.put(message)
         # The last look before the effect; nothing is awaited between it and the send.
         self._term.check()
+        self.outbox.try_now(message)
         try:
             with trio.fail_after(self._limits.ack_s):
                 ack = await connection.send_text(message.message_id, message.to, message.text)
@@ -692,6 +724,20 @@ class Session:
             error=error,
             attempts=attempts,
         )
+
+    async def hand_over(self) -> None:
+        """Leave everything with the shared store, for the next holder. The session must be stopped.
+
+        What was stored as `sending`, ahead of its send, and came to none, is `queued` again: it
+        leaves no doubt about its recipient's session, which would be dropped for nothing.
+        Raises `AccountVanished`, `StoreAway`.
+        """
+        assert self.ledger is not None
+        await self.ledger.flush()
+        untried = tuple(self._moved(each, MessageState.QUEUED) for each in self.outbox.untried)
+        if untried:
+            self.ledger.post(messages=untried)
+            await self.ledger.flush()
 
     async def give_up_pending(self, cause: str) -> None:
         """Fail every message that still waits. The session must be stopped."""

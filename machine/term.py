@@ -324,8 +324,9 @@ class Term:
         ledgers = [s.ledger for s in self.sessions.values() if s.ledger is not None]
         with trio.move_on_after(self._limits.settle_s):
             async with trio.open_nursery() as nursery:
-                for ledger in ledgers:
-                    nursery.start_soon(_flush, ledger)
+                for session in self.sessions.values():
+                    if session.ledger is not None:
+                        nursery.start_soon(_hand_over, session)
         unflushed = sum(not ledger.flushed for ledger in ledgers)
         # An account that was not sealed may carry a doubt that the store has not heard of.
         self.settled = self.certain and all(ledger.flushed and ledger.sealed for ledger in ledgers)
@@ -373,10 +374,10 @@ class Term:
             await trio.sleep(PURGE_PAUSE_S)
 
 
-async def _flush(ledger: Ledger) -> None:
+async def _hand_over(session: Session) -> None:
     # What one account's ledger cannot write was told when it was tried; the drain goes on.
     with suppress(AccountVanished, AuthTooLarge, StoreAway):
-        await ledger.flush()
+        await session.hand_over()
 
 
 @asynccontextmanager

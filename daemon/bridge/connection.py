@@ -69,7 +69,8 @@ ITEMS_MAX = 10_000
 """Unread events of one connection; then it is closed (503), and the account opened again."""
 STREAM_ERROR = 500
 SERVER_AWAY = 503
-NO_RESPONSE = 408
+CLOSE_S = 5.0
+"""How long the process is given to end a connection in good order."""
 
 
 class Wire(Protocol):
@@ -150,6 +151,7 @@ class BridgeConnection:
         self._news = trio.Event()
         self._ending: ConnectionClosed | None = None
         self._over_there = False
+        self._hung_up: trio.Event | None = None
         self._sendings: set[_Sending] = set()
         self._calls: set[trio.CancelScope] = set()
         self._to_answer: deque[tuple[AskFrame, trio.Event]] = deque()
@@ -188,6 +190,21 @@ class BridgeConnection:
         except CallFailed as failed:
             raise ConnectionClosed(STREAM_ERROR, str(failed)) from failed
 
+    def hang_up(self) -> None:
+        """See `machine.ports.Connection`. The process tells its last changes before it replies."""
+        if self._ending is not None or self._hung_up is not None or not self._wire.alive:
+            return
+        hung_up = self._hung_up = trio.Event()
+
+        def replied(reply: Reply | None) -> None:
+            # `None`: the process is gone, and says why itself.
+            self._over_there = reply is not None
+            hung_up.set()
+            if reply is not None:
+                self.end(ConnectionClosed(428, "closed on this side"))
+
+        self._wire.post(Close(connection=self.number), replied, within_s=CLOSE_S)
+
     async def close(self, close_s: float) -> None:
         """Close it for good: a last word to the process of up to `close_s`, even when cancelled.
 
@@ -198,6 +215,9 @@ class BridgeConnection:
         if self._over_there or not self._wire.alive:
             return
         with trio.move_on_after(close_s, shield=True) as closing:
+            if self._hung_up is not None:
+                await self._hung_up.wait()
+                return
             try:
                 await self._wire.call(Close(connection=self.number), Done)
             except (ConnectionClosed, CallFailed):

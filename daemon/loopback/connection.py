@@ -223,6 +223,10 @@ class LoopbackConnection:
             self._events.append(event)
             self._news.set()
 
+    def hang_up(self) -> None:
+        """See `machine.ports.Connection`. Nothing is on its way here that was not told."""
+        self.end(428, "closed on this side")
+
     async def next_event(self) -> ConnectionEvent:
         """See `machine.ports.Connection`. For one task at a time."""
         await trio.lowlevel.checkpoint()

@@ -16,6 +16,8 @@ line = socket.socket(fileno=3)
 phones: dict[int, str] = {}
 sessions: dict[tuple[str, str], int] = {}
 closing_hangs: set[int] = set()
+last_words: dict[int, dict[str, object]] = {}
+"""What a connection still has to tell when it is closed."""
 
 
 def write(frame: dict[str, object]) -> None:
@@ -47,6 +49,8 @@ def act(call: dict[str, object], action: dict[str, object]) -> None:
             time.sleep(60)
         case {"close": "hangs"}:
             closing_hangs.add(int(str(call["connection"])))
+        case {"close": dict(keys)}:
+            last_words[int(str(call["connection"]))] = keys
         case {"tell": "deadline"}:
             told_ms = str(call["deadlineMs"])
             write({"reply": call["id"], "ok": {"keys": {"deadlineMs": told_ms}}})
@@ -140,7 +144,11 @@ def serve_call(call: dict[str, object]) -> None:
             write(event)
             write({**reply, "ok": {}})
         case "close" if connection not in closing_hangs:
-            del phones[int(str(connection))]
+            number = int(str(connection))
+            if number in last_words:
+                values = last_words[number]
+                write({"ask": "keys", "id": 800 + number, "connection": number, "values": values})
+            del phones[number]
             write({**reply, "ok": {}})
         case "close":
             pass

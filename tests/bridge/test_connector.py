@@ -19,6 +19,7 @@ from machine.ports import (
     ConnectionClosed,
     ConnectorDown,
     KeysChanged,
+    PairingScanned,
     QrShown,
     SendRefused,
 )
@@ -368,3 +369,42 @@ async def test_the_block_s_own_error_comes_out_as_it_is_and_nothing_is_left() ->
         await fail()
     assert term_pids
     assert all(map(is_gone, term_pids))
+
+
+async def test_a_connection_that_is_hung_up_tells_its_last_keys_before_its_end() -> None:
+    last = {"session-1.0": "9"}
+    with trio.fail_after(WITHIN_S):
+        async with connector() as (made, _), made.open_bridge() as bridge:
+            async with connected(bridge) as connection, trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    send_closed, connection, do({"close": last}, {"frame": {"event": "scanned"}})
+                )
+                assert await connection.next_event() == PairingScanned()
+                connection.hang_up()
+                connection.hang_up()
+                told = await connection.next_event()
+                assert isinstance(told, KeysChanged)
+                assert told.change == KeyChange({KeyName("session-1.0"): b"9"})
+                with pytest.raises(ConnectionClosed, match="428"):
+                    await connection.next_event()
+            assert made.process_count == 1, "it was not killed for its end"
+
+
+async def send_closed(connection: Connection, text: str) -> None:
+    with pytest.raises(ConnectionClosed):
+        await connection.send_text(message_id(1), TO, text)
+
+
+async def test_a_process_that_does_not_hang_up_is_killed() -> None:
+    with trio.fail_after(WITHIN_S):
+        hanging = do({"close": "hangs"}, {"frame": {"event": "scanned"}})
+        async with connector(plan(close_s=0.3)) as (made, _), made.open_bridge() as bridge:
+            async with connected(bridge) as connection, trio.open_nursery() as nursery:
+                nursery.start_soon(send_closed, connection, hanging)
+                assert await connection.next_event() == PairingScanned()
+                [killed] = pids(made)
+                connection.hang_up()
+                # Whoever asked for it waits for a while, and then no longer.
+                nursery.cancel_scope.cancel()
+            while not is_gone(killed):
+                await trio.sleep(0.02)

@@ -444,6 +444,9 @@ class FakeConnection:
 
     # -- the machine's side
 
+    def hang_up(self) -> None:
+        self.end(ConnectionClosed(428, "closed on this side"))
+
     async def next_event(self) -> ConnectionEvent:
         await trio.lowlevel.checkpoint()
         while not self._events:

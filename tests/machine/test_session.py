@@ -12,10 +12,17 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from machine.closes import REACTIONS, Step
 from machine.limits import Limits
-from machine.ports import ConnectionClosed, ConnectorDown, MessageProgressed, SendRefused
+from machine.ports import (
+    ConnectionClosed,
+    ConnectorDown,
+    KeysChanged,
+    MessageProgressed,
+    SendRefused,
+)
 from machine.records import (
     Account,
     AccountStatus,
+    KeyChange,
     KeyName,
     Message,
     MessageId,
@@ -688,3 +695,59 @@ async def test_a_store_that_is_away_during_a_send_costs_time_and_nothing_else(
         world.host.store.fail_next("commit", 3)
         assert (await world.done(message)).state is MessageState.SERVER_ACK
         assert len(world.lab.whatsapp.raw) == 1
+
+
+# --- the end in good order
+
+
+async def test_keys_that_change_while_a_session_ends_reach_the_store(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        [connection] = world.host.connector.bridges[-1].connections
+        name = KeyName("session-4915.0")
+        connection.push(KeysChanged(KeyChange({name: b"moved on"}), trio.Event()))
+        # Nothing has run in between: the change is still on its way when the session stops.
+        world.host.instance.request_drain("a deploy")
+        await world.host.ended.wait()
+        parts = world.lab.state.accounts[ANN].parts
+        assert world.lab.codec.unpack(ANN, parts)[name] == b"moved on"
+
+
+async def test_keys_that_changed_before_a_send_failed_reach_the_store(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        world.script.ack_delay_s = 5.0
+        message = await world.host.send(ANN, "Hello")
+        await trio.sleep(1)
+        [connection] = world.host.connector.bridges[-1].connections
+        name = KeyName("session-4915.0")
+        connection.push(KeysChanged(KeyChange({name: b"moved on"}), trio.Event()))
+        connection.end(ConnectionClosed(428, "cut"))
+        await world.wait_connected(2)
+        await world.done(message)
+        ledger = world.host.term.sessions[ANN].ledger
+        assert ledger is not None
+        assert ledger.keys()[name] == b"moved on"
+
+
+async def test_a_message_that_was_accepted_and_came_to_no_send_leaves_no_doubt(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        accepted: list[Message] = []
+        world.host.store.delay(0.1, 0.1)
+        async with trio.open_nursery() as nursery:
+
+            async def accept() -> None:
+                accepted.append(await world.host.send(ANN, "Hello"))
+
+            nursery.start_soon(accept)
+            # It is being written as `sending`, ahead of its send, when the drain begins.
+            await trio.sleep(0.05)
+            world.host.instance.request_drain("a deploy")
+        await world.host.ended.wait()
+        [message] = accepted
+        assert message.state is MessageState.SENDING
+        assert world.message(message.message_id).state is MessageState.QUEUED

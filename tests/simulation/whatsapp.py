@@ -162,6 +162,9 @@ class WatchedConnection:
         self._connection = connection
         self._bridge = bridge
 
+    def hang_up(self) -> None:
+        self._connection.hang_up()
+
     async def next_event(self) -> ConnectionEvent:
         return await self._connection.next_event()
 

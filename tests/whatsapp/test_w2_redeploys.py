@@ -85,7 +85,7 @@ async def redeployed_under_traffic(
         await everything_arrived_once(cluster, node, whatsapp, traffic)
         await everything_was_received_once(cluster, node, writer)
         counts = await whatsapp.counts()
-        import json; Path('/tmp/w2.json').write_text(json.dumps(await whatsapp.log()))
+
         # Nobody scanned again, no login of ours threw another of ours out, all was readable.
         assert counts["paired"] == accounts
         assert {each: counts.get(each, 0) for each in ("conflict", "unreadable", "nack")} == {

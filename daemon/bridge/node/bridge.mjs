@@ -2,6 +2,7 @@
 //
 // Never lives here: what a connection does (connection.mjs).
 import { createRequire } from 'node:module'
+import './attempts.mjs'
 import { AskRefused, CallFailed } from './errors.mjs'
 import { check, Invalid } from './checks.mjs'
 import { Connection } from './connection.mjs'

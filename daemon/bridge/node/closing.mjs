@@ -38,7 +38,18 @@ export function endsInTime(ws) {
 
 /** @param {any} socket Baileys' */
 export function endSocket(socket) {
+	const wire = socket.ws.socket
+	// Baileys stops to listen before it first waits: what was held back is heard by nobody.
 	void socket.end(undefined)
+	if (wire?.isPaused) wire.resume()
+}
+
+/**
+ * Read nothing more from this socket; what was read already goes on.
+ * @param {any} ws Baileys' WebSocketClient
+ */
+export function holdInput({ socket }) {
+	socket?.pause()
 }
 
 /**

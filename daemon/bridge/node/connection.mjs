@@ -2,8 +2,9 @@
 //
 // Lives here: when keys are told, and in which order with everything else. What Baileys' events and
 // stanzas mean is in inbound.mjs, sends.mjs and closing.mjs.
+import { setTimeout as sleep } from 'node:timers/promises'
 import { DEFAULT_CONNECTION_CONFIG, makeWASocket } from 'baileys'
-import { endSocket, endsInTime, holdOutput, readClose } from './closing.mjs'
+import { endSocket, endsInTime, holdInput, holdOutput, readClose } from './closing.mjs'
 import { log } from './console.mjs'
 import { CallFailed } from './errors.mjs'
 import { keepBeforeReceipt, Stanzas } from './inbound.mjs'
@@ -14,6 +15,8 @@ import { isOtherSpelling, readReceipt, Unacknowledged } from './sends.mjs'
 /** Changes that nothing else carries are told after this long, several at once. */
 const TELL_AFTER_MS = 100
 const BODY_MS = 10_000
+const SETTLE_MS = 1_000
+const SETTLE_TURN_MS = 10
 const SERVICE_UNAVAILABLE = 503
 const never = new Promise(() => {})
 
@@ -161,12 +164,29 @@ export class Connection {
 		await this.#unlessClosed(this.#socket.logout())
 	}
 
-	/** End the socket, and tell the last changes. Tells no `closed`. */
+	/** End the socket in good order, and tell the last changes. Tells no `closed`. */
 	async close() {
 		this.#isClosing = true
+		await this.#settle()
 		this.#closeAsked.resolve()
 		this.#end(428, 'closed by the daemon')
 		await this.#closed.promise
+	}
+
+	/**
+	 * Hear nothing new, and let what is being read be kept and receipted: what the server has no
+	 * receipt for it sends again, under keys that are used up by then. For up to `SETTLE_MS`.
+	 */
+	async #settle() {
+		if (this.#ending) return
+		holdInput(this.#socket.ws)
+		const until = Date.now() + SETTLE_MS
+		do {
+			const kept = Promise.all([this.#keys.whenRead(), Promise.allSettled(this.#storing)])
+			await Promise.race([kept, this.#closed.promise, sleep(until - Date.now())])
+			// A message that waits for its turn to be read begins in one of these moments.
+			await sleep(SETTLE_TURN_MS)
+		} while ((this.#storing.size > 0 || this.#keys.isReading) && Date.now() < until)
 	}
 
 	// --- keys -----------------------------------------------------------------------------------

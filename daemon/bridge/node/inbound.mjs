@@ -14,7 +14,6 @@ import {
 	proto,
 	unpadRandomMax16
 } from 'baileys'
-import { tryingSessions, watchTries } from './trials.mjs'
 
 /** More than WhatsApp allows anyone to send; what is longer is cut, or it would come for ever. */
 const TEXT_CHARS_MAX = 100_000
@@ -61,12 +60,7 @@ export class Stanzas {
  */
 export function keepBeforeReceipt(makeRepository, stanzas, keys, keep) {
 	return (auth, ...rest) => {
-		const repository = makeRepository({ ...auth, keys: watchTries(auth.keys) }, ...rest)
-		// A message that begins a session is read by that one alone.
-		const decryptMessage = args =>
-			args.type === 'msg'
-				? tryingSessions(() => repository.decryptMessage(args))
-				: repository.decryptMessage(args)
+		const repository = makeRepository(auth, ...rest)
 		const kept = (decrypt, ciphertextOf) => async args => {
 			const { me } = auth.creds
 			let mail = []
@@ -89,7 +83,7 @@ export function keepBeforeReceipt(makeRepository, stanzas, keys, keep) {
 		}
 		return {
 			...repository,
-			decryptMessage: kept(decryptMessage, args => args.ciphertext),
+			decryptMessage: kept(repository.decryptMessage, args => args.ciphertext),
 			decryptGroupMessage: kept(repository.decryptGroupMessage, args => args.msg)
 		}
 	}

@@ -1,6 +1,8 @@
 // A person's phone: a true party of the Signal protocol, played by libsignal. It opens sessions,
 // reads and writes; who sends it what, and what becomes of it, is not its business.
 import { libsignal, wa } from './baileys.mjs'
+// A phone tries a session on a copy; libsignal as it comes does not, and would spoil its sessions.
+import '../../../daemon/bridge/node/attempts.mjs'
 
 const SIGNED_PRE_KEY_ID = 1
 /** One-time keys handed out and not used yet; the oldest are forgotten beyond this. */
