@@ -1,4 +1,4 @@
-"""The machine does its part for the order of keys: real sessions, real ledgers, a scripted bridge."""
+"""The machine keeps keys in order too: real sessions, real ledgers, a scripted bridge process."""
 
 from __future__ import annotations
 
