@@ -22,6 +22,7 @@ def report(outcome: Outcome) -> str:
         "by wardens": wardens,
         "ACTIVE after a storm": f"slowest {slowest_s:.1f} s of {len(outcome.calms_s)}",
         "logins thrown out": f"{counts['evictions of frozen hosts']}, hosts frozen as a whole",
+        "complaints of libraries": str(counts["library.logged"]),
         "faults": _listed(outcome.faults),
         "exit codes": _listed(outcome.exits),
         "calls tried again": _listed(outcome.unanswered),
