@@ -455,7 +455,7 @@ def send(
 def messages(
     account: AccountArgument,
     cursor: Annotated[str, typer.Option(help="Go on from there: the one that was shown.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=500, help="Messages at once.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Messages at once.")] = 100,
     follow: Annotated[
         bool, typer.Option("--follow", help="Show all, and go on as more arrive, until Ctrl+C.")
     ] = False,

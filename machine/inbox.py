@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from machine.records import InboundMessage, InboxEntry, InboxPlace
+from machine.records import InboundMessage, InboxEntry, InboxPlace, MessageId
 from machine.refusals import CursorUnknown
 
-PAGE_MAX = 500
-"""Messages in one answer."""
+PAGE_MAX = 100
+"""Messages in one answer: 26 MB if all are as long as can be, in characters of four bytes."""
 
 TEXT_CHARS_MAX = 65_536
 """WhatsApp's own limit for a text. What is over it is cut off: refused, the message would be
@@ -23,6 +23,9 @@ delivered again for ever."""
 NAME_CHARS_MAX = 200
 """Of a chat, a sender, a sender's name, an id: they are a few dozen. A message's document must be
 no larger than `machine.records.DOCUMENT_BYTES` without its text."""
+
+MOMENT_MAX = 253_402_300_800.0
+"""The year 10000, which neither a store nor a calendar has."""
 
 _CURSOR = re.compile(r"([0-9]{1,12})\.([0-9]{1,12})\.([0-9]{1,4})")
 
@@ -76,16 +79,23 @@ def read_cursor(cursor: str) -> InboxPlace | None:
 
 
 def bounded(message: InboundMessage) -> InboundMessage:
-    """The message within its limits: what is over them is cut off.
+    """The message as every store takes it: what is over a limit is cut off, what is none replaced.
 
-    An id and a chat tell messages apart; those of a sane server are never cut.
+    One that a store cannot take would be delivered again for ever. An id and a chat tell messages
+    apart; those of a sane server are never cut.
     """
     name = message.sender_name
     return replace(
         message,
-        message_id=type(message.message_id)(message.message_id[:NAME_CHARS_MAX]),
-        chat=message.chat[:NAME_CHARS_MAX],
-        sender=message.sender[:NAME_CHARS_MAX],
-        sender_name=None if name is None else name[:NAME_CHARS_MAX],
-        text=message.text[:TEXT_CHARS_MAX],
+        message_id=MessageId(_storable(message.message_id, NAME_CHARS_MAX)),
+        chat=_storable(message.chat, NAME_CHARS_MAX),
+        sender=_storable(message.sender, NAME_CHARS_MAX),
+        sender_name=None if name is None else _storable(name, NAME_CHARS_MAX),
+        text=_storable(message.text, TEXT_CHARS_MAX),
+        sent_at=message.sent_at if 0 <= message.sent_at < MOMENT_MAX else 0.0,
     )
+
+
+def _storable(text: str, chars_max: int) -> str:
+    # Half a character, which JSON can spell, is none.
+    return text[:chars_max].encode(errors="replace").decode()

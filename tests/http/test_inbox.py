@@ -75,7 +75,7 @@ async def test_an_instance_without_the_lease_answers_from_the_store_by_itself(
         {"accountId": "support", "cursor": "not a cursor"},
         {"accountId": "support", "cursor": make_cursor(InboxPlace(1, 2, 3)) + "!"},
         {"accountId": "support", "limit": "0"},
-        {"accountId": "support", "limit": "501"},
+        {"accountId": "support", "limit": "101"},
         {"accountId": "support", "direction": "out"},
         {"accountId": "no/such"},
         {},

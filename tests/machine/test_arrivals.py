@@ -360,6 +360,17 @@ def test_what_strangers_send_is_cut_to_its_limits() -> None:
     assert bounded(small) == small
 
 
+@pytest.mark.parametrize("sent_at", [-1.0, 1e300, float("inf"), float("nan")])
+def test_what_no_store_takes_is_replaced(sent_at: float) -> None:
+    strange = InboundMessage(
+        ANN, MessageId("m\udfff"), "c\ud800", "s", "n\udc00", "half \ud83d of one", sent_at, 2
+    )
+    whole = bounded(strange)
+    assert whole.sent_at == 0.0
+    assert (whole.message_id, whole.chat, whole.sender_name) == ("m?", "c?", "n?")
+    assert whole.text == "half ? of one"
+
+
 # --- receipts and bodies of messages that are not in memory
 
 
