@@ -293,7 +293,8 @@ def make_api_settings(settings: Settings, tokens: Tokens) -> ApiSettings:
         body_bytes_max=settings.http_body_bytes_max,
         connections_max=settings.http_connections_max,
         forward_connections_max=settings.forward_connections_max,
-        # Who waits here for the next holder is answered before this instance ends.
+        # Who waits here for the next holder is answered before this instance ends; whom a holder
+        # does not answer is told so in time (`daemon.http.closing`).
         stop_s=settings.handoff_wait_s + 1,
     )
 

@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from daemon.http import accounts, messages, operations, status
 from daemon.http.api import Api, inbound_of
+from daemon.http.closing import Closing
 from daemon.http.documented import document
 from daemon.http.edge import AsgiApp, Edge, Receive, Scope, Send, bug, error_answer
 from daemon.http.errors import ApiError, ErrorCode, from_refusal
@@ -83,7 +84,7 @@ async def serve_api(
     Raises `BindFailed`.
     """
     listening = listening or bind_http(settings.bind)
-    closing = trio.Event()
+    closing = Closing()
     peers = Peers(settings.peer_ttl_s, time.time, note)
     try:
         async with open_links(settings) as links:
@@ -130,7 +131,7 @@ async def serve_metrics(
     task_status.started(listening.address)
     try:
         await server.serve(
-            listening, shutdown=trio.Event() if shutdown is None else shutdown, closing=trio.Event()
+            listening, shutdown=trio.Event() if shutdown is None else shutdown, closing=Closing()
         )
     finally:
         listening.close()
@@ -173,7 +174,7 @@ def make_edge(
     routers: Sequence[APIRouter],
     render_metrics: RenderMetrics | None,
     note: Note,
-    closing: trio.Event,
+    closing: Closing,
 ) -> Edge:
     """The whole application, without sockets."""
     link = HolderLink(instance, settings, links, note)

@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from daemon.http.auth import Guard
+from daemon.http.closing import Closing
 from daemon.http.errors import ApiError, ErrorCode, error_body, error_headers
 from daemon.http.ports import ApiSettings, InstancePort, MakeMessageId
 from daemon.http.server import Note
@@ -98,7 +99,7 @@ class Edge:
         *,
         make_message_id: MakeMessageId,
         note: Note,
-        closing: trio.Event,
+        closing: Closing,
     ) -> None:
         self._make_message_id = make_message_id
         self._rng = random.SystemRandom()
@@ -196,7 +197,7 @@ class Edge:
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),
         ]
-        ending = state is State.DRAINING or self._closing.is_set()
+        ending = state is State.DRAINING or self._closing.begun
         if ending and inbound.scope["http_version"].startswith("1"):
             # Callers open their next connection elsewhere, instead of losing it with us.
             headers.append((b"connection", b"close"))

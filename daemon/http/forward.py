@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
+from daemon.http.closing import Closing
 from daemon.http.edge import SEND_PATH, Answer, AsgiApp, Header, Inbound, inner_scope, replay
 from daemon.http.errors import ApiError, ErrorCode
 from daemon.http.links import (
@@ -48,7 +49,7 @@ class Relay:
         settings: ApiSettings,
         link: AsksHolder,
         *,
-        closing: trio.Event,
+        closing: Closing,
     ) -> None:
         self._routes = routes
         self._instance = instance
@@ -58,7 +59,18 @@ class Relay:
         self._waiting = 0
 
     async def answer(self, inbound: Inbound) -> Answer:
-        """The holder's answer, from here or from there. Raises `ApiError`."""
+        """The holder's answer, from here or from there. Raises `ApiError`.
+
+        While the API closes: in time for the caller to hear it.
+        """
+        answer = await self._closing.in_time(lambda: self._answer(inbound))
+        if answer is not None:
+            return answer
+        if is_read(inbound):
+            raise _nobody("this instance ends now", NOT_STARTED)
+        raise _unanswered(inbound)
+
+    async def _answer(self, inbound: Inbound) -> Answer:
         if inbound.forwarded_by is not None:
             return await self._answer_forwarded(inbound)
         last = NOT_STARTED
@@ -110,7 +122,7 @@ class Relay:
                 if not is_repeatable(inbound):
                     raise _unanswered(inbound)
             # An API that closes still forwards to a holder that is known, and waits for no other.
-            if trio.current_time() >= deadline or (self._closing.is_set() and self._alone()):
+            if trio.current_time() >= deadline or (self._closing.begun and self._alone()):
                 break
             # What changed during the try is a reason to ask again at once.
             if seen == self._seen():

@@ -28,6 +28,8 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 
+from daemon.http.closing import Closing
+
 if TYPE_CHECKING:
     from hypercorn.typing import ASGIFramework
 
@@ -47,6 +49,14 @@ RECEIVE_BYTES_MAX = 64 * 1024
 
 LAST_CALL_S = 0.2
 """Between the end of accepting and the end of idle connections."""
+
+FIRST_WORD_S = 2.0
+"""How long who has connected and not asked yet may take to, at the end: on a busy host, more than
+a moment. At most half of `stop_s`."""
+
+LAST_WORD_S = 2.0
+"""So long before the end of `stop_s`, requests without an answer get one; longer than an event loop
+is held up on a busy host. At most a quarter of `stop_s`."""
 
 HEAD_BYTES_MAX = 16 * 1024
 """A request's line and headers; over it Hypercorn answers 431 and closes."""
@@ -226,6 +236,8 @@ class _Connection(TCPServer):
     """
 
     _busy = False
+    first_word: Callable[[], None] | None = None
+    """Called once, when the caller has said anything, or the connection is over."""
 
     async def protocol_send(self, event: Event) -> None:
         if isinstance(event, Updated):
@@ -240,11 +252,19 @@ class _Connection(TCPServer):
             except (trio.ClosedResourceError, trio.BrokenResourceError):
                 break
             await self.protocol.handle(RawData(data))
+            # Only now is the connection not idle any more: told before, it might be closed as such.
+            self.tell_first_word()
             spoken = self.protocol.protocol
             if self._busy and isinstance(spoken, H2Protocol) and spoken.idle:
                 await self.protocol_send(Updated(idle=True))
         await self.protocol.handle(Closed())
         await self.idle_task.stop()
+
+    def tell_first_word(self) -> None:
+        """Tell, once, that the caller has spoken or has gone."""
+        told, self.first_word = self.first_word, None
+        if told is not None:
+            told()
 
 
 class Server:
@@ -265,6 +285,8 @@ class Server:
         self._full = False
         self._cut_off = 0
         self._connections_max = limits.connections_max
+        self._silent = 0
+        self._all_have_spoken = trio.Event()
         self.open_connections = 0
 
     async def serve(
@@ -272,9 +294,9 @@ class Server:
         listening: Listening,
         *,
         shutdown: trio.Event,
-        closing: trio.Event,
+        closing: Closing,
     ) -> None:
-        """Serve until `shutdown` is set or the caller cancels; `closing` is set when it ends.
+        """Serve until `shutdown` is set or the caller cancels; `closing` begins when it ends.
 
         Either way: stops accepting, closes idle connections, and lets requests in flight finish
         for at most `stop_s`. `shutdown` set: returns. Cancelled: so does this, after that.
@@ -293,23 +315,38 @@ class Server:
                         await shutdown.wait()
                         acceptors.cancel_scope.cancel()
             finally:
-                closing.set()
+                stop_s = self._limits.stop_s
+                last_word_s = min(LAST_WORD_S, stop_s / 4)
+                closing.begin(trio.current_time() + LAST_CALL_S + stop_s - last_word_s)
 
     async def _hold_connections(
-        self, closing: trio.Event, *, task_status: trio.TaskStatus[trio.Nursery]
+        self, closing: Closing, *, task_status: trio.TaskStatus[trio.Nursery]
     ) -> None:
         # Shielded: a cancelled server still lets requests in flight finish, for `stop_s`.
         with trio.CancelScope(shield=True) as grace:
             async with trio.open_nursery() as connections:
                 task_status.started(connections)
-                await closing.wait()
+                await closing.wait_begun()
                 grace.deadline = trio.current_time() + LAST_CALL_S + self._limits.stop_s
                 # Hypercorn closes a connection without a request at once when it is told to end;
                 # who has just connected gets this long to say what for.
                 await trio.sleep(LAST_CALL_S)
+                with trio.move_on_after(min(FIRST_WORD_S, self._limits.stop_s / 2)):
+                    await self._wait_all_have_spoken()
                 await self._context.terminated.set()
         if grace.cancelled_caught:
             self._note("http.closed", in_flight=self._cut_off)
+
+    async def _wait_all_have_spoken(self) -> None:
+        """Wait until no connection is left that has never asked anything."""
+        while self._silent:
+            self._all_have_spoken = trio.Event()
+            await self._all_have_spoken.wait()
+
+    def _has_spoken(self) -> None:
+        self._silent -= 1
+        if not self._silent:
+            self._all_have_spoken.set()
 
     async def _keep_accepting(
         self, listener: trio.SocketListener, connections: trio.Nursery
@@ -349,23 +386,26 @@ class Server:
         connections.start_soon(self._speak, stream)
 
     async def _speak(self, stream: trio.SocketStream) -> None:
-        bounded = _BoundedStream(stream, self._limits.send_s)
+        # Hypercorn types the stream as a TLS one; without `do_handshake` it takes a plain one.
+        connection = _Connection(
+            self._app,
+            self._config,
+            self._context,
+            cast(Any, ConnectionState({})),
+            cast(Any, _BoundedStream(stream, self._limits.send_s)),
+        )
+        connection.first_word = self._has_spoken
+        self._silent += 1
         ended = False
         try:
-            # Hypercorn types the stream as a TLS one; without `do_handshake` it takes a plain one.
-            await _Connection(
-                self._app,
-                self._config,
-                self._context,
-                cast(Any, ConnectionState({})),
-                cast(Any, bounded),
-            )
+            await connection
             ended = True
         except* Exception as group:  # noqa: BLE001  (see the next line; bugs are in the journal)
             # One connection's trouble, whatever it is, must not end all the others.
             self._note("http.connection_failed", error=_kinds(group))
             ended = True
         finally:
+            connection.tell_first_word()
             self.open_connections -= 1
             self._cut_off += not ended
             # Told once for each time that it fills up, not for each caller refused.

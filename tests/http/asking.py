@@ -14,6 +14,7 @@ from fastapi import APIRouter
 
 from daemon.http.api import Api
 from daemon.http.app import make_edge, make_routes, serve_api
+from daemon.http.closing import Closing
 from daemon.http.documented import document
 from daemon.http.edge import Inbound
 from daemon.http.links import open_links
@@ -69,7 +70,7 @@ class Asking:
     client: httpx.AsyncClient
     peers: Peers
     notes: Notes
-    closing: trio.Event
+    closing: Closing
 
     async def get(self, path: str, **more: Any) -> httpx.Response:
         return await self.client.get(path, **more)
@@ -96,7 +97,7 @@ async def asked_in_process(
     given = given or settings()
     notes = Notes()
     peers = Peers(given.peer_ttl_s, lambda: NOW, notes)
-    closing = trio.Event()
+    closing = Closing()
     async with open_links(given) as links:
         edge = make_edge(
             instance,

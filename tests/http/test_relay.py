@@ -11,6 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from daemon.http.closing import Closing
 from daemon.http.edge import Answer, Inbound, Receive, Scope, Send
 from daemon.http.errors import ApiError, ErrorCode
 from daemon.http.forward import Relay
@@ -50,7 +51,7 @@ class Stage:
     a: FakeInstance
     b: FakeInstance
     link: FakeLink
-    closing: trio.Event
+    closing: Closing
     given: ApiSettings
     local_calls: int = 0
     under_way: bool = False
@@ -85,7 +86,7 @@ def stage() -> Stage:
         FakeInstance(world, "a"),
         FakeInstance(world, "b"),
         FakeLink(answers),
-        trio.Event(),
+        Closing(),
         settings(handoff_wait_s=10),
     )
 
@@ -349,9 +350,42 @@ async def test_closing_api_ends_the_wait(stage: Stage, autojump_clock: MockClock
 
         async def close() -> None:
             await trio.sleep(1)
-            stage.closing.set()
+            stage.closing.begin()
 
         nursery.start_soon(close)
         began = trio.current_time()
         assert await refusal(stage.relay(), asking()) is ErrorCode.NO_ACTIVE_INSTANCE
         assert trio.current_time() - began == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("inbound", "code"),
+    [
+        (asking(), ErrorCode.HOLDER_UNREACHABLE),
+        (asking(REPAIR), ErrorCode.HOLDER_UNREACHABLE),
+        (asking("/api/whatsapp/accounts/x", "GET"), ErrorCode.NO_ACTIVE_INSTANCE),
+    ],
+    ids=["send", "change", "read"],
+)
+@pytest.mark.parametrize("closes_first", [False, True])
+async def test_closing_api_answers_before_its_end_though_the_holder_does_not(
+    stage: Stage,
+    autojump_clock: MockClock,
+    inbound: Inbound,
+    code: ErrorCode,
+    closes_first: bool,
+) -> None:
+    stage.world.activate(stage.b)
+    stage.link.then = never
+    answer_by = trio.current_time() + 3
+    async with trio.open_nursery() as nursery:
+
+        async def close() -> None:
+            await trio.sleep(0 if closes_first else 1)
+            stage.closing.begin(answer_by)
+
+        nursery.start_soon(close)
+        await trio.sleep(0.5 if closes_first else 0)
+        with trio.fail_after(60):
+            assert await refusal(stage.relay(), inbound) is code
+        assert trio.current_time() == answer_by

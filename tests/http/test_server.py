@@ -18,7 +18,9 @@ import trio
 import trio.testing
 
 from daemon.http.app import serve_api, serve_metrics
+from daemon.http.closing import Closing
 from daemon.http.server import (
+    LAST_CALL_S,
     BindFailed,
     ConnectionLimits,
     Server,
@@ -27,6 +29,7 @@ from daemon.http.server import (
     raise_files_limit,
 )
 from machine.states import State
+from machine.views import Holder
 from tests.http.asking import HOLD_CONNECTIONS, served, talking_to
 from tests.http.fakes import (
     TOKEN,
@@ -270,9 +273,7 @@ async def serving(
     listening = bind_http("127.0.0.1:0")
     server = Server(app, given, notes)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(
-            partial(server.serve, listening, shutdown=shutdown, closing=trio.Event())
-        )
+        nursery.start_soon(partial(server.serve, listening, shutdown=shutdown, closing=Closing()))
         yield listening.address, notes, shutdown
         shutdown.set()
 
@@ -366,6 +367,69 @@ async def test_callers_in_the_backlog_are_served_at_shutdown() -> None:
         for stream in streams:
             assert (await read_answer(stream)).endswith(b"served")
             await stream.aclose()
+
+
+async def test_caller_who_has_connected_may_take_a_moment_to_ask_at_shutdown() -> None:
+    async with serving(answering(b"served"), stop_s=6) as (url, notes, shutdown):
+        stream = await connect(url)
+        # Taken in, and not merely in the backlog.
+        other = await connect(url)
+        await other.send_all(GET)
+        await read_answer(other)
+        shutdown.set()
+        await trio.sleep(3 * LAST_CALL_S)
+        await stream.send_all(GET)
+        assert (await read_answer(stream)).endswith(b"served")
+        for one in (stream, other):
+            await one.aclose()
+    assert notes.names() == []
+
+
+async def test_caller_who_never_asks_does_not_keep_the_server_from_ending() -> None:
+    with trio.fail_after(4):
+        async with serving(answering(b"served"), stop_s=0.4) as (url, notes, shutdown):
+            stream = await connect(url)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            shutdown.set()
+            assert await stream.receive_some(100) == b""
+            await stream.aclose()
+    # It was closed as idle: nothing was cut off.
+    assert notes.names() == []
+
+
+async def test_request_that_a_holder_never_answers_is_answered_before_the_end(
+    instance: FakeInstance,
+) -> None:
+    asked = trio.Event()
+
+    async def take_and_keep(stream: trio.SocketStream) -> None:
+        while await stream.receive_some(65536):
+            asked.set()
+
+    given = settings(stop_s=4.0, handoff_wait_s=60, holder_answer_s=60)
+    async with trio.open_nursery() as holding:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listeners[0].socket.getsockname()[1]
+        holding.start_soon(trio.serve_listeners, take_and_keep, listeners)
+        async with served(instance, given) as api, talking_to(api.url) as client:
+            instance.holder = Holder("b", "b-1", f"http://127.0.0.1:{port}", 2)
+
+            async def end() -> None:
+                await asked.wait()
+                instance.state = State.DRAINING
+                api.shutdown.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(end)
+                with trio.fail_after(30):
+                    answer = await client.post(
+                        "/api/whatsapp/send-message",
+                        json={"accountId": "x", "to": "49151", "message": "on its way"},
+                    )
+            assert answer.json()["error"] == "holder_unreachable"
+            with trio.fail_after(30):
+                await api.ended.wait()
+        holding.cancel_scope.cancel()
 
 
 async def test_bug_in_the_application_ends_its_own_request_only() -> None:

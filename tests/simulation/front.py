@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from daemon.http.auth import Tokens
+from daemon.http.closing import Closing
 from daemon.http.edge import Answer, Inbound, Receive, Scope, Send
 from daemon.http.errors import ApiError, ErrorCode, from_refusal
 from daemon.http.forward import Relay
@@ -72,7 +73,7 @@ class Front:
         self._rng = rng
         self._find = find
         self._door, self._inside = trio.open_memory_channel[Visit](10_000)
-        self._relay = Relay(self._routes, instance, API, self, closing=trio.Event())
+        self._relay = Relay(self._routes, instance, API, self, closing=Closing())
 
     # --- its callers' side
 
