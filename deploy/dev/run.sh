@@ -54,6 +54,12 @@ if [ "$connector" = loopback ]; then
     $address/api/whatsapp/send-message
   curl -sH @.run/authorization $address/api/loopback/messages
 
+  # have somebody answer, and read what came in
+  curl -sH @.run/authorization -H 'Content-Type: application/json' \\
+    -d '{"accountId": "anna", "from": "4915112345678", "text": "Hello yourself"}' \\
+    $address/api/loopback/receive
+  curl -sH @.run/authorization "$address/api/whatsapp/messages?accountId=anna"
+
 END
 else
     cat <<END
