@@ -15,6 +15,7 @@ from daemon.bridge.connection import BridgeConnection
 from daemon.bridge.frames import (
     AskFrame,
     Call,
+    Close,
     ConnectedEvent,
     KeysAsk,
     OkT,
@@ -54,6 +55,7 @@ class RatchetProcess:
         self.connection: BridgeConnection | None = None
         self._rng = rng
         self._sends: list[Callable[[Reply | None], None]] = []
+        self._closed: Callable[[Reply | None], None] | None = None
 
     @property
     def alive(self) -> bool:
@@ -66,9 +68,12 @@ class RatchetProcess:
         return kind()
 
     def post(self, call: Call, replied: Callable[[Reply | None], None], *, within_s: float) -> int:
-        assert isinstance(call, Send)
-        self._sends.append(replied)
-        return len(self._sends)
+        if isinstance(call, Close):
+            self._closed = replied
+        else:
+            assert isinstance(call, Send)
+            self._sends.append(replied)
+        return 1
 
     def read_reply(self, call: Call, reply: Reply | None, kind: type[OkT]) -> OkT:
         assert reply is not None
@@ -87,21 +92,22 @@ class RatchetProcess:
         raise AssertionError
 
     async def live(self, connection: BridgeConnection) -> None:
-        """Tell one step after the other, several in an instant, for as long as the connection."""
+        """Tell one step after the other, several in an instant, until the connection is closed."""
         connection.receive(ConnectedEvent(connection=1, phone="49151"))
         while True:
             await trio.sleep(self._rng.choice([0, 0, 0.01, 0.2]))
             for _ in range(self._rng.randrange(4)):
                 self._step(connection)
+            if self._closed is not None:
+                self._closed(_reply(b"{}"))
+                return
 
     def _step(self, connection: BridgeConnection) -> None:
         choice = self._rng.random()
         if choice < 0.5 and self._sends:
             self.position += 1
             keys = b'{"%s":"%d"}' % (RATCHET.encode(), self.position)
-            reply = decode(b'{"v":1,"reply":1,"ok":{"keys":%s}}' % keys)
-            assert isinstance(reply, Reply)
-            self._sends.pop(0)(reply)
+            self._sends.pop(0)(_reply(b'{"keys":%s}' % keys))
         elif choice > 0.8 and self.asked < 40:
             self.asked += 1
             self.position += 1
@@ -115,6 +121,12 @@ class RatchetProcess:
             connection.receive(
                 ReceivedAsk(id=self.asked, connection=1, message=message, values=values)
             )
+
+
+def _reply(ok: bytes) -> Reply:
+    reply = decode(b'{"v":1,"reply":1,"ok":%s}' % ok)
+    assert isinstance(reply, Reply)
+    return reply
 
 
 class RatchetConnector:
@@ -190,7 +202,8 @@ async def run_seed(lab: Lab, seed: int, durability: Durability) -> None:
     await host.ended.wait()
     assert codec.positions == sorted(codec.positions), f"seed {seed}"
     stored = codec.unpack(ANN, lab.state.accounts[ANN].parts)
-    assert int(stored[RATCHET]) == max(codec.positions), f"seed {seed}"
+    # To the last step: what was told while the connection was closed in good order, too.
+    assert int(stored[RATCHET]) == process.position, f"seed {seed}"
 
 
 @pytest.mark.parametrize("durability", list(Durability), ids=lambda one: one.value)
