@@ -22,11 +22,9 @@ import httpx
 import pytest
 import trio
 
-from daemon.auth_codec import EncryptionKey, Keyring, PackedAuthCodec
-from daemon.settings import decode_key
 from tests.baileys.directories import CREDENTIALS, SECRET, make_directories
-from tests.seed import open_stores
 from tests.system.cluster import KEY, ROOT, TOKEN, Cluster, Node
+from tests.system.secrets import credentials, forms, strings_in
 from tests.system.steps import ALONE, LONG_ON_FIRESTORE, restored, state_dir, wait_logged
 
 pytestmark = pytest.mark.system
@@ -36,42 +34,6 @@ ON_SQLITE = pytest.mark.parametrize("store_env", ["sqlite"], indirect=True)
 OTHER_KEY = base64.b64encode(bytes(range(100, 132))).decode()
 WRONG_TOKEN = "a-wrong-token-of-somebody"
 TEXT = "confidential: the launch is on friday"
-SHORT_CHARS = 16
-"""Values shorter than this would be found by chance; no secret is that short."""
-
-
-def _forms(secret: bytes) -> set[str]:
-    """The ways in which bytes get into a log: as text, base64, hex, a repr."""
-    forms = {base64.b64encode(secret).decode(), secret.hex(), repr(secret)[2:-1]}
-    with suppress(UnicodeDecodeError):
-        forms.add(secret.decode())
-    return {form for form in forms if len(form) >= SHORT_CHARS}
-
-
-def _strings_in(value: Any) -> set[str]:
-    """Every long string in credentials; names are no secrets, values may be."""
-    if isinstance(value, dict):
-        return set().union(*(_strings_in(each) for each in value.values()))
-    if isinstance(value, list):
-        return set().union(*(_strings_in(each) for each in value))
-    return {value} if isinstance(value, str) and len(value) >= SHORT_CHARS else set()
-
-
-async def _credentials(cluster: Cluster) -> set[str]:
-    """What is secret in the accounts that the shared store has now."""
-    codec = PackedAuthCodec(Keyring(EncryptionKey(decode_key(KEY))))
-    found: set[str] = set()
-    async with open_stores(cluster.env) as stores:
-        for copy in (await stores.accounts.list_accounts()).copies:
-            account_id = copy.account.account_id
-            whole = await stores.accounts.fetch_account(account_id)
-            assert whole is not None
-            if not whole.parts:  # Never paired.
-                continue
-            for value in codec.unpack(account_id, whole.parts).values():
-                found |= _forms(value) | _strings_in(json.loads(value))
-    # Phone numbers and ids are in plain sight by design.
-    return {each for each in found if "@s.whatsapp.net" not in each or "{" in each}
 
 
 async def _errors(node: Node) -> list[str]:
@@ -124,7 +86,7 @@ async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
     sessions = make_directories(tmp_path / "made" / "sessions", 2)
     broken = sessions / "account-1" / "creds.json"
     creds = broken.read_text()
-    secrets = _strings_in(json.loads(creds))
+    secrets = strings_in(json.loads(creds))
     broken.write_text(creds[: len(creds) // 2])
     public: list[str] = []
     command_lines: set[str] = set()
@@ -139,7 +101,7 @@ async def test_no_secret_leaves_through_logs_errors_metrics_or_processes(
         public += await _errors(node)
         public.append((await cluster.ask(node, "GET", "/metrics")).text)
         assert await node.stop() == 0
-        secrets |= await _credentials(cluster)
+        secrets |= await credentials(cluster)
 
         # A damaged disk under the wrong key: everything that can be unreadable is.
         (state_dir(node) / "local.db").write_bytes(b"\xff" * 50_000)
@@ -187,7 +149,7 @@ def _given_secrets() -> set[str]:
     """What these tests hand to a daemon, in each of its forms."""
     secrets = {TOKEN, WRONG_TOKEN, KEY, OTHER_KEY}
     for key in (KEY, OTHER_KEY):
-        secrets |= _forms(base64.b64decode(key))
+        secrets |= forms(base64.b64decode(key))
     return secrets
 
 
@@ -204,7 +166,7 @@ async def test_what_is_on_disk_is_encrypted_and_private(cluster: Cluster) -> Non
     await cluster.add_paired(node, "ann")
     assert (await cluster.send(node, "ann", "x")).status_code == 200
     assert await node.stop() == 0
-    secrets = await _credentials(cluster) | {TOKEN, KEY}
+    secrets = await credentials(cluster) | {TOKEN, KEY}
     directories = [state_dir(node), cluster.directory / "shared"]
     for path in [p for each in directories if each.exists() for p in each.rglob("*")]:
         if path.is_file() and "loopback" not in str(path):
@@ -307,10 +269,10 @@ async def test_no_secret_leaves_through_failing_stores_sockets_and_callers(
     for name, creds in (("x", CREDENTIALS), ("y", CREDENTIALS), ("z", {"me": CREDENTIALS})):
         (sessions / name).mkdir(parents=True)
         (sessions / name / "creds.json").write_text(json.dumps(creds))
-    secrets |= _strings_in(CREDENTIALS) | _forms(SECRET)
+    secrets |= strings_in(CREDENTIALS) | forms(SECRET)
     asked = {"directory": str(sessions)}
     public.append((await cluster.ask(node, "POST", "/api/admin/import", json=asked)).text)
-    secrets |= await _credentials(cluster)
+    secrets |= await credentials(cluster)
     for method, path in (("POST", "ben/logout"), ("POST", "ann/repair"), ("DELETE", "ben")):
         answer = await cluster.ask(node, method, f"/api/whatsapp/accounts/{path}")
         assert answer.status_code < 300
