@@ -19,14 +19,13 @@ from typing import Any
 
 import trio
 
-from daemon.warden import NOT_OURS, RELEASED, boottime
+from daemon.warden import FAILED, NOT_OURS, RELEASED, boottime
 from machine.lease import HeldLease, LeaseTiming, release
 from machine.ports import LeaseMissing, LeaseStore, StoreUnavailable
 from machine.records import Grant, LeaseState, LeaseView
 
 TIMING = LeaseTiming(attempt_s=1.0)
 """`release` takes at most four attempts: less than the warden lets us live."""
-FAILED = 2
 REASON = "its process died; released in its name"
 
 

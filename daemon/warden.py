@@ -96,9 +96,9 @@ Serve = Callable[[int], int]
 """Runs the daemon; given the file descriptor on which it tells its state. Its exit code."""
 Release = Callable[[Mapping[str, Any]], int]
 """Gives the lease back that `State.lease` describes. 0: released; 1: not the dead one's any more.
-Anything else: it did not work."""
+Anything else, and what it raises: it did not work."""
 
-RELEASED, NOT_OURS = 0, 1
+RELEASED, NOT_OURS, FAILED = 0, 1, 2
 
 
 def keep(serve: Serve, release: Release) -> int:
@@ -239,6 +239,14 @@ def fork(signals: Signals) -> int:
     return child
 
 
+def name_of(number: int) -> str:
+    """A signal's name; real-time signals have none in Python."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def kill_group(group: int) -> bool:
     """Kill whoever is in a process group; false when nobody is left, not even unreaped."""
     try:
@@ -340,7 +348,7 @@ class Warden:
         status = os.waitstatus_to_exitcode(os.waitpid(self._daemon, 0)[1])
         self._read_report()
         if status < 0 and not self._killed:
-            self._tell("warden.daemon_died", signal=signal.Signals(-status).name)
+            self._tell("warden.daemon_died", signal=name_of(-status))
         if self._state.lease is not None:
             if self._wait_gone():
                 self._release_lease(self._state.lease)
@@ -369,12 +377,7 @@ class Warden:
         """Have a process of its own give the lease back, in bounded time."""
         releaser = fork(self._signals)
         if releaser == 0:
-            # Not by SystemExit: this process must not come back into the loop above.
-            code = 2
-            try:
-                code = self._release(lease)
-            finally:
-                os._exit(code)
+            os._exit(self._try_release(lease))
         give_up_at = time.monotonic() + RELEASE_S
         while (ended := os.waitpid(releaser, os.WNOHANG)) == (0, 0):
             if time.monotonic() >= give_up_at:
@@ -388,6 +391,14 @@ class Warden:
             self._tell("warden.released", epoch=self._epoch)
         elif code != NOT_OURS:
             self._tell_not_released("see above")
+
+    def _try_release(self, lease: Mapping[str, Any]) -> int:
+        """Release, in the releaser; never raises, for it must not come back into the watch."""
+        try:
+            return self._release(lease)
+        except Exception as error:  # noqa: BLE001 - a bug, of which only the kind is told
+            os.write(2, f"watchkeeper: releasing met a bug: {type(error).__name__}\n".encode())
+            return FAILED
 
     @property
     def _epoch(self) -> object:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import trio
 
-from daemon.crash_release import FAILED, firestore_store, main, sqlite_store
+from daemon.crash_release import firestore_store, main, sqlite_store
 from daemon.firestore.client import open_firestore
 from daemon.firestore.lease import FirestoreLeaseStore
 from daemon.sqlite.shared import open_sqlite_shared
-from daemon.warden import NOT_OURS, RELEASED
+from daemon.warden import FAILED, NOT_OURS, RELEASED
 from machine.lease import HeldLease, LeaseTiming, renew_once, try_acquire
 from machine.ports import LeaseStore
 from machine.records import Identity, LeaseState, LeaseView

@@ -139,6 +139,14 @@ def test_a_daemon_that_a_signal_ended_gives_128_and_the_signal() -> None:
     assert played.has("ended by SIGTERM")
 
 
+def test_a_signal_without_a_name_is_one_too() -> None:
+    with scene("listens_to_nothing") as played:
+        daemon = int(played.wait_line("ready")[1])
+        os.kill(daemon, signal.SIGRTMIN + 3)
+        assert played.end() == 128 + signal.SIGRTMIN + 3
+    assert played.has(f"ended by signal {signal.SIGRTMIN + 3}")
+
+
 def test_signals_are_forwarded_each_once_and_in_order() -> None:
     with scene("listens") as played:
         played.wait_line("ready")
@@ -322,7 +330,9 @@ def test_anothers_lease_is_left_alone_without_a_word() -> None:
 def test_a_release_that_fails_is_told_and_the_exit_code_stays() -> None:
     with scene("dies_unreleasable") as played:
         assert played.end() == 128 + signal.SIGKILL
+    assert played.has("releasing met a bug: RuntimeError")
     assert played.has("not released in the dead daemon's name")
+    assert not played.has("the store is away")
 
 
 @pytest.mark.long
