@@ -1,0 +1,134 @@
+"""The Kubernetes manifests: valid by the schemas, and in step with the settings they carry."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import daemon
+from daemon.http.auth import OPEN_PATHS
+from daemon.settings import PREFIX, Loaded, StoreKind, load_settings, parse_bind
+
+MANIFESTS = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
+KUSTOMIZATION = MANIFESTS / "kustomization.yaml"
+FILES = sorted(path for path in MANIFESTS.glob("*.yaml") if path != KUSTOMIZATION)
+
+
+def documents() -> Iterator[dict[str, Any]]:
+    for path in FILES:
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def one(kind: str) -> dict[str, Any]:
+    [found] = [each for each in documents() if each["kind"] == kind]
+    return found
+
+
+@pytest.fixture
+def pod() -> dict[str, Any]:
+    spec: dict[str, Any] = one("Deployment")["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.fixture
+def container(pod: dict[str, Any]) -> dict[str, Any]:
+    [found] = pod["containers"]
+    return dict(found)
+
+
+@pytest.fixture
+def loaded(container: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Loaded:
+    """The settings as a pod has them, with secrets as docs/kubernetes.md makes them."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    [generator] = yaml.safe_load(KUSTOMIZATION.read_text())["configMapGenerator"]
+    literals = dict(each.split("=", 1) for each in generator["literals"])
+    given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    known = {"POD_IP": "10.8.0.7", "WATCHKEEPER_INSTANCE_NAME": "watchkeeper-6d4b75cb6d-hwd7q"}
+    (tmp_path / "watchkeeper_admin_token").write_text("a-token-of-enough-letters")
+    (tmp_path / "watchkeeper_encryption_key").write_text(base64.b64encode(b"k" * 32).decode())
+    assert given["WATCHKEEPER_SECRETS_DIR"] == "/run/secrets/watchkeeper"
+    given["WATCHKEEPER_SECRETS_DIR"] = str(tmp_path)
+    for name, value in {**literals, **given, **known}.items():
+        monkeypatch.setenv(name, value.replace("$(POD_IP)", known["POD_IP"]))
+    return load_settings(serving=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_manifest_is_valid_by_the_schema(path: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("kubernetes-validate"), "--strict", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_manifest_is_applied() -> None:
+    listed = yaml.safe_load(KUSTOMIZATION.read_text())["resources"]
+    assert sorted(listed) == [path.name for path in FILES]
+
+
+def test_the_settings_are_complete_and_all_known(loaded: Loaded) -> None:
+    assert loaded.warnings == ()
+    assert loaded.settings.production
+    assert loaded.settings.store is StoreKind.FIRESTORE
+    assert loaded.settings.advertise_url == "http://10.8.0.7:8080"
+
+
+def test_the_ports_are_those_that_are_listened_on(
+    loaded: Loaded, container: dict[str, Any]
+) -> None:
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert loaded.settings.metrics_bind is not None
+    assert ports == {
+        "http": loaded.settings.host_port[1],
+        "metrics": parse_bind(loaded.settings.metrics_bind)[1],
+    }
+
+
+def test_a_pod_is_given_the_time_that_a_drain_may_take(loaded: Loaded, pod: dict[str, Any]) -> None:
+    assert pod["terminationGracePeriodSeconds"] > loaded.settings.stop_s()
+
+
+def test_the_probes_ask_what_they_are_for(container: dict[str, Any]) -> None:
+    asked = {
+        name: container[f"{name}Probe"]["httpGet"]["path"]
+        for name in ("startup", "readiness", "liveness")
+    }
+    # Liveness is /livez alone: that it never asks the store is shown in tests/http.
+    assert asked == {"startup": "/startupz", "readiness": "/readyz", "liveness": "/livez"}
+    assert set(asked.values()) <= OPEN_PATHS
+
+
+def test_a_rollout_has_a_standby_before_a_holder_is_asked_to_end() -> None:
+    spec = one("Deployment")["spec"]
+    assert spec["replicas"] >= 2
+    assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+def test_a_pod_may_do_nothing_but_write_its_state(
+    pod: dict[str, Any], container: dict[str, Any]
+) -> None:
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_the_image_is_of_this_version() -> None:
+    [image] = yaml.safe_load(KUSTOMIZATION.read_text())["images"]
+    assert image == {"name": "watchkeeper", "newTag": daemon.__version__}
