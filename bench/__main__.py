@@ -18,8 +18,8 @@ from bench.rows import Row, host_facts, progress, read_rows, show
 FIGURES = ("startup", "sends", "restore", "handoff", "crash", "idle")
 
 
-def run_figure(name: str, size: str, path: Path) -> list[Row] | None:
-    """One figure's rows; `None` when it could not be measured."""
+def run_figure(name: str, size: str, path: Path) -> tuple[list[Row], bool]:
+    """One figure's rows, and whether they are all that it has."""
     progress(f"--- {name}")
     began = time.monotonic()
     command = [
@@ -34,7 +34,7 @@ def run_figure(name: str, size: str, path: Path) -> list[Row] | None:
     ]
     code = subprocess.run(command, check=False).returncode
     progress(f"--- {name}: {time.monotonic() - began:.0f} s")
-    return read_rows(path) if code == 0 else None
+    return (read_rows(path) if path.exists() else []), code == 0
 
 
 def main() -> int:
@@ -49,11 +49,11 @@ def main() -> int:
     failed = []
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.only:
-            found = run_figure(
+            found, complete = run_figure(
                 name, "quick" if arguments.quick else "full", Path(directory) / f"{name}.json"
             )
-            rows += found or []
-            if found is None:
+            rows += found
+            if not complete:
                 failed.append(name)
     content = {
         "host": before,
@@ -68,7 +68,7 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if failed:
-        print(f"not measured: {', '.join(failed)}", file=sys.stderr)
+        print(f"not measured, or not all of it: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

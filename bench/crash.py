@@ -70,9 +70,8 @@ class Rounds:
     refused: list[str] = field(default_factory=list)
 
 
-async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
+async def measure(size: Size, stores: Sequence[str], rows: list[Row]) -> None:
     """Measure on each store, at each ttl."""
-    rows = []
     for store in stores:
         for timing in size.timings:
             settings = {
@@ -94,7 +93,6 @@ async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
                         size, store, timing, crash, group, holder, standby
                     )
                     rows.append(row)
-    return rows
 
 
 async def _measure_one(

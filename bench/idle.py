@@ -50,9 +50,8 @@ class Seen:
     operations: dict[str, float]
 
 
-async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
+async def measure(size: Size, stores: Sequence[str], rows: list[Row]) -> None:
     """Measure on each store."""
-    rows = []
     for store in stores:
         async with (
             open_group(store, size.accounts) as full,
@@ -73,7 +72,6 @@ async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
         for index, state in enumerate(("ACTIVE", "PASSIVE")):
             spans = [(before[i], after[i]) for i in (index, index + 2)]
             rows += _rows(size, store, state, spans)
-    return rows
 
 
 async def _look(cluster: Cluster, node: Node) -> Seen:

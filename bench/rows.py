@@ -29,6 +29,9 @@ S = TypeVar("S")
 
 STORES = ("sqlite", "firestore")
 
+FIGURE_S_MAX = 900.0
+"""A figure that hangs ends then, and the others are measured all the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -53,8 +56,9 @@ class Figure(Generic[S]):
     name: str
     sizes: Mapping[str, S]
     """`full`, `quick` (CI) and `tiny` (the test that it still runs)."""
-    measure: Callable[[S, Sequence[str]], Awaitable[list[Row]]]
-    """Given a size and the stores to measure it on."""
+    measure: Callable[[S, Sequence[str], list[Row]], Awaitable[None]]
+    """Given a size, the stores to measure it on, and where to put each row as soon as it is known:
+    what was measured before a failure is kept."""
 
 
 def median(values: Sequence[float]) -> float:
@@ -140,8 +144,16 @@ def main(figure: Figure[S]) -> None:
     arguments = parser.parse_args()
     stores = [each for each in stores_here() if arguments.store in (None, each)]
     before = host_facts()
-    rows = trio.run(figure.measure, figure.sizes[arguments.size], stores)
-    if arguments.json is not None:
-        write_rows(arguments.json, rows, before)
-    if not arguments.quiet:
-        show(rows)
+    rows: list[Row] = []
+
+    async def measure() -> None:
+        with trio.fail_after(FIGURE_S_MAX):
+            await figure.measure(figure.sizes[arguments.size], stores, rows)
+
+    try:
+        trio.run(measure)
+    finally:
+        if arguments.json is not None:
+            write_rows(arguments.json, rows, before)
+        if not arguments.quiet:
+            show(rows)

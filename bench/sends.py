@@ -44,7 +44,7 @@ class Sent:
     codes: dict[int, int] = field(default_factory=dict)
 
 
-async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
+async def measure(size: Size, stores: Sequence[str], rows: list[Row]) -> None:
     """Measure on each store, in turn with the route that does nothing."""
     async with AsyncExitStack() as stack:
         places: dict[str, tuple[int, list[str]]] = {}
@@ -62,7 +62,7 @@ async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
                     sent = seen.setdefault((place, callers), Sent()) if number else Sent()
                     await _send(port, ids, callers, size.round_s, sent)
             progress(f"round {number} of {size.rounds}")
-    return [
+    rows += [
         _row(store, callers, seen[store, callers], seen[NOTHING, callers])
         for store in stores
         for callers in size.callers

@@ -29,13 +29,11 @@ class Size:
     rounds: int
 
 
-async def measure(size: Size, stores: Sequence[str]) -> list[Row]:
+async def measure(size: Size, stores: Sequence[str], rows: list[Row]) -> None:
     """Measure on each store."""
-    rows = []
     for store in stores:
         async with open_group(store, size.accounts) as group:
             rows.append(await _measure_one(size, store, group))
-    return rows
 
 
 async def _measure_one(size: Size, store: str, group: Group) -> Row:

@@ -206,6 +206,26 @@ def run_tiny(name: str, store: str, directory: Path) -> list[Row]:
     return read_rows(path)
 
 
+FAILS_HALFWAY = """
+from bench.rows import Figure, Row, main
+
+async def measure(size, stores, rows):
+    rows.append(Row("half", "the first", "1 s", "2 s"))
+    raise LookupError("what the second waits for never comes")
+
+main(Figure("half", {"full": 1}, measure))
+"""
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-c", FAILS_HALFWAY, "--store", "sqlite", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "never comes" in done.stderr
+    assert [row.name for row in read_rows(path)] == ["the first"]
+
+
 @pytest.mark.system
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["startup", "sends", "restore"])
