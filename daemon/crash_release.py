@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from daemon.warden import FAILED, NOT_OURS, RELEASED, boottime
-from machine.lease import HeldLease, LeaseTiming, release
+from machine.lease import HeldLease, LeaseTiming, describe_error, release
 from machine.ports import LeaseMissing, LeaseStore, StoreUnavailable
 from machine.records import Grant, LeaseState, LeaseView
 
@@ -36,7 +36,7 @@ def main(lease: Mapping[str, Any]) -> int:
         code = trio.run(_release, lease)
     except* (StoreUnavailable, LeaseMissing, trio.TooSlowError) as errors:
         for error in errors.exceptions:
-            sys.stderr.write(f"watchkeeper: the dead daemon's lease: {error}\n")
+            sys.stderr.write(f"watchkeeper: the dead daemon's lease: {describe_error(error)}\n")
     return code
 
 

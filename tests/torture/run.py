@@ -22,6 +22,7 @@ from tests.torture.world import ACCOUNTS, LEASE_TTL_S, NAMES, World, open_world
 
 EMPTY_S = 2 * LEASE_TTL_S
 """How long nobody may act on a store whose lease is missing."""
+BACK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,12 @@ async def _lose_the_store(world: World, history: History) -> None:
         env={**os.environ, **world.cluster.env},
         capture_stdout=True,
     )
-    active = await world.wait_active(60)
-    await world.cluster.wait_connected(active.node, *ACCOUNTS, within_s=60)
+    try:
+        active = await world.wait_active(BACK_S)
+        await world.cluster.wait_connected(active.node, *ACCOUNTS, within_s=BACK_S)
+    except trio.TooSlowError:
+        history.violated("not every account is back from the disks")
+        return
     told = await world.cluster.json(active.node, "GET", "/api/status/dashboard")
     if told["instance"]["epoch"] <= epoch:
         history.violated(f"epoch {told['instance']['epoch']} was granted again")
