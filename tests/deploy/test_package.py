@@ -50,7 +50,14 @@ def test_the_wheel_is_of_this_version_and_holds_what_runs(wheel: Path) -> None:
 def test_the_command_works_where_nothing_else_is_installed(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     run(*pip, "--require-hashes", "-r", ROOT / "requirements.lock", cwd=tmp_path)
     run(*pip, "--no-deps", wheel, cwd=tmp_path)
     command = tmp_path / "env" / "bin" / "watchkeeper"
