@@ -62,6 +62,9 @@ format: $(DEV) ## format the code and mend what the linter can mend
 bench: $(DEV) ## measure, and print the figures as a table and as JSON; ARGS=--quick
 	@$(BIN)/python -m bench $(ARGS)
 
+bench-whatsapp: $(DEV) $(BAILEYS) ## measure sends through the real Baileys, beside bare Baileys; ARGS=--quick
+	@$(BIN)/python -m bench.whatsapp $(ARGS)
+
 docs: $(DEV) ## generate the pages in docs/ that are made from the code
 	@$(BIN)/python -m daemon.generate_docs
 
@@ -91,4 +94,4 @@ $(DEV): requirements.lock requirements-dev.lock pyproject.toml deploy/dev/setup.
 $(BAILEYS): daemon/bridge/node/package-lock.json daemon/bridge/node/package.json | $(RUN)
 	@$(BIN)/watchkeeper setup-whatsapp && touch $(BAILEYS)
 
-.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate mutants torture check format bench docs lock install-systemd uninstall-systemd ci clean
+.PHONY: help setup setup-whatsapp run run-standby run-whatsapp demo-whatsapp test test-long system-test simulate mutants torture check format bench bench-whatsapp docs lock install-systemd uninstall-systemd ci clean

@@ -11,13 +11,13 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 from msgspec import UNSET
@@ -180,6 +180,12 @@ async def open_shared(settings: Settings, journal: LoguruJournal) -> AsyncIterat
         )
 
 
+OpenStores: TypeAlias = Callable[
+    [Settings, LoguruJournal], AbstractAsyncContextManager[SharedStores]
+]
+"""What `open_shared` is; the benches have one that answers late."""
+
+
 def _make_private_dir(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -326,10 +332,12 @@ def make_guard(settings: Settings, told: int | None) -> Guard:
         raise StoreMisconfigured(str(error)) from error
 
 
-async def serve(settings: Settings, told: int | None = None) -> int:
+async def serve(
+    settings: Settings, told: int | None = None, *, open_stores: OpenStores = open_shared
+) -> int:
     """Run one instance until it is asked to end; the process's exit code.
 
-    `told` is where its warden listens, if it has one.
+    `told` is where its warden listens, if it has one. `open_stores` opens the shared store.
     SIGTERM and SIGINT ask for a drain; a second one of either ends the process at once. SIGHUP
     reads the settings again.
     """
@@ -347,7 +355,7 @@ async def serve(settings: Settings, told: int | None = None) -> int:
         journal.metrics.introduce(settings.instance_name, settings.group, daemon.__version__)
         code = EXIT_OK
         try:
-            await _serve(settings, journal, told)
+            await _serve(settings, journal, told, open_stores)
         except* (StoreMisconfigured, StateDirInUse, BindFailed, BridgeUnusable) as refused:
             code = EXIT_SETTINGS
             _tell(journal, refused)
@@ -366,7 +374,9 @@ def _tell(journal: LoguruJournal, errors: BaseExceptionGroup[BaseException]) -> 
             journal.note("instance.refused", error=str(error))
 
 
-async def _serve(settings: Settings, journal: LoguruJournal, told: int | None) -> None:
+async def _serve(
+    settings: Settings, journal: LoguruJournal, told: int | None, open_stores: OpenStores
+) -> None:
     raise_files_limit()
     guard = make_guard(settings, told)
     # What the imports made lives as long as the process. Left in the collector's view, every
@@ -384,7 +394,7 @@ async def _serve(settings: Settings, journal: LoguruJournal, told: int | None) -
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with (
                 open_local(settings.state_dir) as local,
-                open_shared(settings, journal) as shared,
+                open_stores(settings, journal) as shared,
                 open_connector(settings, journal) as parts,
             ):
                 ports = _make_ports(settings, journal, local, shared, parts.connector, guard)

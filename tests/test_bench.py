@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
+from bench import whatsapp
 from bench.client import (
     Answer,
     ConnectionBroke,
@@ -20,12 +22,16 @@ from bench.client import (
     make_request,
     send_request,
 )
+from bench.delayed import DelayedAccounts
 from bench.places import Log
 from bench.probe import Probe, Prober, gap_s
 from bench.rows import Row, percentile, read_rows, seconds, show, write_rows
+from tests.bridge.node.install import install_node_side
+from tests.fakes.shared_store import FakeSharedStore
 from tests.http.asking import served
 from tests.http.fakes import TOKEN, FakeInstance, World, an_account
 from tests.system.cluster import ROOT, Node, free_port
+from tests.whatsapp.file_clients import Sends
 
 # --- numbers
 
@@ -192,6 +198,42 @@ async def test_the_api_takes_the_requests_that_are_made_here() -> None:
             sent = await line.ask(send_request(TOKEN, "ann", "hello", "key"))
     assert sent.status == 200
     assert json.loads(sent.body)["status"] == "server_ack"
+
+
+# --- WhatsApp
+
+
+def test_a_round_is_told_by_what_each_send_took() -> None:
+    rounds = whatsapp.Rounds()
+    rounds.add(Sends([0.1] * 20, 2.0), {"daemon": 0.08})
+    rounds.add(Sends([0.1] * 10, 2.0), {"daemon": 0.08})
+    assert rounds.rates == [10, 5]
+    assert rounds.cpu_s == {"daemon": [0.004, 0.008]}
+
+
+@pytest.mark.parametrize(("ours", "met"), [(8.0, True), (7.9, False)])
+def test_the_aim_is_a_share_of_what_bare_baileys_sends(ours: float, met: bool) -> None:
+    sides = whatsapp.Rounds([ours], [0.1]), whatsapp.Rounds([10.0], [0.1])
+    assert whatsapp.sends_row(1, 0, *sides).met is met
+
+
+async def test_a_delayed_store_is_late_with_its_answer(autojump_clock: MockClock) -> None:
+    accounts = DelayedAccounts(FakeSharedStore(), 0.02)
+    asked_at = trio.current_time()
+    await accounts.list_accounts()
+    assert trio.current_time() - asked_at == pytest.approx(0.02)
+
+
+@pytest.mark.system
+@pytest.mark.node
+@pytest.mark.long
+def test_sends_through_baileys_and_a_handoff_can_be_measured(tmp_path: Path) -> None:
+    install_node_side()
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "bench.whatsapp", "--size", "tiny", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [row.figure for row in read_rows(path)] == ["whatsapp sends", "whatsapp handoff"]
 
 
 # --- the figures

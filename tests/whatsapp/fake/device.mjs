@@ -62,6 +62,7 @@ export class Device {
 		})
 		this.connection.send(node('ib', {}, [node('offline', { count })]))
 		this.connection.ready = true
+		this.connection.world.note('ready', { number: this.person.number, device: this.id })
 	}
 
 	addPreKeys(preKeys) {
