@@ -375,7 +375,12 @@ class Desk:
         await session.stop()
         await self._archive(ledger, "paired again")
         await ledger.clear_keys(
-            status=AccountStatus.AWAITING_SCAN, last_error=None, since=self._ports.clocks.wall()
+            status=AccountStatus.AWAITING_SCAN,
+            last_error=None,
+            since=self._ports.clocks.wall(),
+            # Both were of the old identity.
+            banned_until=None,
+            sessions_doubtful=False,
         )
         return await self._begin_pairing(session)
 

@@ -127,6 +127,21 @@ async def test_a_ban_outlives_a_failover_and_a_handoff(autojump_clock: MockClock
         assert (stored.banned_until, stored.status) == (None, AccountStatus.CONNECTED)
 
 
+async def test_what_is_paired_again_does_not_inherit_the_ban(autojump_clock: MockClock) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        a = await serving(lab.start(lab.make("a")))
+        lab.whatsapp.cut(ANN, 402, expire_s=3600.0)
+        await a.journal.wait_for("session.banned")
+        await a.desk.repair(ANN)
+        assert lab.state.accounts[ANN].account.banned_until is None
+        b = await standby(lab, "b")
+        a.instance.request_drain("redeploy")
+        await serving(b)
+        lab.whatsapp.scan(ANN)
+        await b.journal.wait_for("session.connected")
+
+
 async def test_an_operator_may_ask_before_a_ban_is_over(autojump_clock: MockClock) -> None:
     async with open_lab() as lab:
         await lab.add_accounts(ANN)
