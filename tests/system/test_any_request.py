@@ -102,7 +102,7 @@ async def test_thousands_of_requests_get_documented_answers(
     run = await ask(
         node,
         tmp_path,
-        *("--max-examples", "100"),
+        *("--max-examples", "60"),
         *("--exclude-path", ENDING, "--exclude-path", STEPPING_DOWN),
     )
     print(f"\n{run.requests} requests to {run.operations} operations")
