@@ -62,7 +62,7 @@ async def received(cluster: Cluster, node: Node, account_id: str) -> list[dict[s
     messages: list[dict[str, Any]] = []
     cursor = ""
     while True:
-        query = {"accountId": account_id, "direction": "in", "cursor": cursor, "limit": 200}
+        query = {"accountId": account_id, "direction": "in", "cursor": cursor, "limit": 100}
         page = await cluster.json(node, "GET", "/api/whatsapp/messages", params=query)
         messages += page["messages"]
         if not page["more"]:
