@@ -259,6 +259,36 @@ def test_transitions_show_in_the_metrics() -> None:
     assert "watchkeeper_epoch 9.0" in shown
 
 
+def test_renewals_losses_and_acknowledgements_show_in_the_metrics() -> None:
+    with opened() as (journal, _):
+        journal.note("lease.renewed", epoch=3, renewals=1)
+        for cause in ("timeout", "unavailable", "timeout"):
+            journal.note("lease.renewal_failed", epoch=3, failures=1, cause=cause, remaining_s=2.0)
+        journal.note("lease.lost", epoch=3, reason="its deadline has passed")
+        for duration_s in (0.2, 400.0):
+            journal.note("message.acked", account_id="a", message_id="m", duration_s=duration_s)
+        shown = journal.metrics.render().decode()
+    for line in (
+        "watchkeeper_lease_renewals_total 1.0",
+        'watchkeeper_lease_renewal_failures_total{cause="timeout"} 2.0',
+        'watchkeeper_lease_renewal_failures_total{cause="unavailable"} 1.0',
+        "watchkeeper_lease_losses_total 1.0",
+        'watchkeeper_send_seconds_bucket{le="0.25"} 1.0',
+        'watchkeeper_send_seconds_bucket{le="3600.0"} 2.0',
+    ):
+        assert line in shown, line
+
+
+def test_what_others_count_is_a_counter() -> None:
+    metrics = Metrics()
+    count = 2.0
+    metrics.watch_count("fence_listener_restarts", "Restarts.", lambda: count)
+    count = 7.0
+    shown = metrics.render().decode()
+    assert "# TYPE watchkeeper_fence_listener_restarts_total counter" in shown
+    assert "watchkeeper_fence_listener_restarts_total 7.0" in shown
+
+
 def test_gauges_are_read_when_they_are_asked_for() -> None:
     metrics = Metrics()
     depth = 1.0

@@ -16,12 +16,14 @@ from machine.lease import (
     LeaseLost,
     LeaseTiming,
     Sighting,
+    cause_of,
     keep_lease,
     release,
     renew_once,
     try_acquire,
     with_heartbeat,
 )
+from machine.ports import LeaseMissing, LeaseRefused, StoreMisconfigured, StoreUnavailable
 from machine.records import (
     FENCE_HISTORY_MAX,
     Heartbeat,
@@ -214,6 +216,30 @@ async def test_an_attempt_that_arrives_late_costs_a_try_and_not_the_lease(
     assert not await claimant.renew(held)
     assert held.deadline == deadline
     assert await claimant.renew(held)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (trio.TooSlowError(), "timeout"),
+        (StoreUnavailable("away", code="deadline_exceeded"), "deadline_exceeded"),
+        (StoreMisconfigured("no permission"), "misconfigured"),
+        (LeaseRefused("it has changed"), "refused"),
+        (LeaseMissing("gone"), "missing"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_failed_renewal_has_a_cause_of_one_word(error: Exception, cause: str) -> None:
+    assert cause_of(error) == cause
+
+
+async def test_a_renewal_that_fails_is_told_with_its_cause(autojump_clock: MockClock) -> None:
+    claimant = Claimant()
+    held = await claimant.hold()
+    for operation in ("write", "read"):
+        claimant.store.schedule(operation, LOST_REQUEST)
+    assert not await claimant.renew(held)
+    assert held.failure == "timeout"
 
 
 async def test_a_renewal_that_finds_another_is_a_lost_lease(autojump_clock: MockClock) -> None:

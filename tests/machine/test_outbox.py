@@ -53,6 +53,16 @@ def an_outbox(*, pending_max: int = 10, settled_kept: int = 3) -> AccountOutbox:
 # --- ids
 
 
+def test_the_oldest_pending_message_says_how_long_anybody_waits() -> None:
+    outbox = an_outbox()
+    assert outbox.oldest_at is None
+    for name, at in (("first", 10.0), ("second", 20.0)):
+        outbox.put(message(name, created_at=at))
+    assert outbox.oldest_at == 10.0
+    outbox.put(message("first", MessageState.SERVER_ACK, created_at=10.0))
+    assert outbox.oldest_at == 20.0
+
+
 def test_a_message_id_follows_from_account_and_key() -> None:
     one = make_message_id(ANN, "key", random.Random(1))
     assert one == make_message_id(ANN, "key", random.Random(2))
