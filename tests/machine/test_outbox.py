@@ -54,8 +54,8 @@ def an_outbox(*, pending_max: int = 10, settled_kept: int = 3) -> AccountOutbox:
 
 
 def test_the_oldest_pending_message_says_how_long_anybody_waits() -> None:
+    assert an_outbox().oldest_at is None
     outbox = an_outbox()
-    assert outbox.oldest_at is None
     for name, at in (("first", 10.0), ("second", 20.0)):
         outbox.put(message(name, created_at=at))
     assert outbox.oldest_at == 10.0
