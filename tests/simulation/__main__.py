@@ -7,13 +7,10 @@ import os
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.run import Outcome, simulate, simulate_all
-from tests.simulation.table import catch, write_table
-
-PAGE = Path("docs/simulation.md")
+from tests.simulation.table import PAGE, catch_all, write_table
 
 
 def main() -> int:
@@ -74,17 +71,19 @@ def replay(seed: int, given: argparse.Namespace) -> str:
 
 
 def run_mutants(given: argparse.Namespace) -> int:
-    caught = {
-        name: catch(name, minutes=given.minutes, processes=given.processes)
-        for name in MUTANTS
-        if given.mutant in {None, name}
-    }
+    caught: dict[str, Outcome | None] = {}
+    names = MUTANTS if given.mutant is None else [given.mutant]
+    for name, outcome in catch_all(names, minutes=given.minutes, processes=given.processes):
+        caught[name] = outcome
+        if outcome is None:
+            tried = len(MUTANTS[name].seeds)
+            print(f"{name}: {MUTANTS[name].what}, and {tried} seeds noticed nothing", flush=True)
+        else:
+            print(f"{name}: seed {outcome.seed}: {outcome.violations[0][:150]}", flush=True)
     if given.mutant is None:
         write_table(PAGE, caught)
-    survived = [name for name, one in caught.items() if one is None]
-    for name in survived:
-        print(f"{name}: {MUTANTS[name].what}, and {MUTANTS[name].seeds_max} seeds noticed nothing")
-    print(f"{len(caught)} mutants, {len(caught) - len(survived)} caught")
+    survived = sum(outcome is None for outcome in caught.values())
+    print(f"{len(caught)} mutants, {len(caught) - survived} caught")
     return bool(survived)
 
 

@@ -109,11 +109,13 @@ class _Deadlines:
         self._heaps: dict[HostClock | None, list[tuple[float, int, trio.CancelScope]]] = {None: []}
         self._active = 0
         self._numbers = count()
+        self._looked_at = -1.0
 
     def add(self, deadline: float, scope: trio.CancelScope) -> None:
         heap = self._heaps.setdefault(host_clock.get(), [])
         heapq.heappush(heap, (deadline, next(self._numbers), scope))
         self._active += 1
+        self._looked_at = -1.0
 
     def remove(self, _deadline: float, _scope: trio.CancelScope) -> None:
         self._active -= 1
@@ -131,6 +133,9 @@ class _Deadlines:
 
     def expire(self, _now: float) -> bool:
         """Cancel every scope whose deadline has passed on its own clock."""
+        if self._clock.now == self._looked_at:
+            return False
+        self._looked_at = self._clock.now
         passed = False
         for host, heap in self._heaps.items():
             local = self._clock.now if host is None else host.at(self._clock.now)

@@ -247,22 +247,17 @@ class Faults:
         return None if host.running is None else (host, host.running)
 
     async def _stall(self) -> None:
-        """The daemon stands still and its host does not: the warden ends it at its deadline."""
+        """The daemon stands still and its host does not: its warden kills it at its deadline."""
         met = self._some_process()
         if met is None:
             return
         host, process = met
-        for_s = left_s = self.rng.uniform(0.05, PAUSE_MAX_S)
-        term = process.instance._term
-        if term is not None:
-            left_s = max(0.0, term.held.deadline - host.clock.at(self.world.clock.now))
+        for_s = self.rng.uniform(0.05, PAUSE_MAX_S)
         with self.told(host, f"its daemon stalls for {for_s:.2f} s"):
             process.pauses += 1
             process.gate.close()
             try:
-                await trio.sleep(min(for_s, left_s))
-                if for_s > left_s and host.process is process:
-                    self.world.crash(host)
+                await trio.sleep(for_s)
             finally:
                 self._go_on(process)
 
@@ -282,6 +277,8 @@ class Faults:
             finally:
                 host.clock.resume(self.world.clock.now)
                 self._go_on(process)
+                if host.warden is not None and host.process is process:
+                    host.warden.ring()
 
     def _go_on(self, process: Process) -> None:
         if not process.dead:
@@ -296,7 +293,7 @@ class Faults:
     def _crash_now(self, host: Host, process: Process) -> None:
         if host.process is not process:
             return
-        self.world.crash(host)
+        self.world.crash(host, host_lives=self.rng.random() < 0.5)
         torn = host.disk.tear() if self.world.tears and self.rng.random() < 0.5 else None
         if torn is not None:
             self.checks.tell(host.name, f"its disk's copy of {torn} is torn")

@@ -23,7 +23,7 @@ def kind_of(seed: int) -> Kind:
     """What the world of a seed is made of: every kind in every few seeds."""
     if seed % 8 == 0:
         return Kind(hosts=1, durability=Durability.LOCAL)
-    return Kind(mixed=seed % 2 == 1)
+    return Kind(mixed=seed % 2 == 1, warden=seed % 3 != 0)
 
 
 def has_disasters(seed: int) -> bool:

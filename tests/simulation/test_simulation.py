@@ -15,7 +15,7 @@ from tests.simulation.pinned import PINNED
 from tests.simulation.run import simulate, simulate_all
 from tests.simulation.table import catch
 
-SEEDS = range(101, 141)
+SEEDS = range(101, 131)
 """CI's own step runs 1 to 300."""
 MINUTES = 10.0
 PROCESSES = min(4, os.cpu_count() or 1)
@@ -34,7 +34,7 @@ def check_worlds(seeds: Iterable[int]) -> Counter[str]:
     return counts
 
 
-def test_forty_worlds_keep_every_promise() -> None:
+def test_thirty_worlds_keep_every_promise() -> None:
     counts = check_worlds(SEEDS)
     # Checks that have nothing to check pass too: this much has to have happened.
     assert counts["epochs"] > 8 * len(SEEDS)
@@ -49,13 +49,13 @@ def test_seeds_that_once_found_something_find_nothing_any_more() -> None:
 
 @pytest.mark.parametrize("mutant", QUICK)
 def test_a_deliberate_mistake_is_noticed(mutant: str) -> None:
-    assert catch(mutant, minutes=MINUTES, processes=PROCESSES) is not None, MUTANTS[mutant].what
+    assert catch(mutant, MINUTES) is not None, MUTANTS[mutant].what
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mutant", sorted(set(MUTANTS) - set(QUICK)))
 def test_any_deliberate_mistake_is_noticed_within_its_seeds(mutant: str) -> None:
-    assert catch(mutant, minutes=MINUTES, processes=PROCESSES) is not None, MUTANTS[mutant].what
+    assert catch(mutant, MINUTES) is not None, MUTANTS[mutant].what
 
 
 def test_the_same_seed_is_the_same_world() -> None:

@@ -19,7 +19,7 @@ from machine.instance import Instance
 from machine.lease import LeaseTiming
 from machine.legacy import new_account
 from machine.limits import Durability, Limits
-from machine.ports import Ports
+from machine.ports import Ports, Unguarded
 from machine.records import (
     AccountId,
     AccountStatus,
@@ -43,6 +43,7 @@ from tests.simulation.gate import Gate
 from tests.simulation.network import Link, Network
 from tests.simulation.process import Process
 from tests.simulation.stores import SimulatedDisk, SimulatedState, SimulatedStore
+from tests.simulation.warden import SimulatedWarden
 from tests.simulation.whatsapp import SimulatedConnector, SimulatedWhatsApp
 
 ACCOUNTS = tuple(AccountId(name) for name in ("ann", "ben", "cho"))
@@ -89,6 +90,7 @@ class Kind:
     mixed: bool = False
     message_every_s: float = MESSAGE_EVERY_S
     rate_error: float = RATE_ERROR
+    warden: bool = True
 
 
 Wiring = Callable[[Ports, Process], Ports]
@@ -108,6 +110,7 @@ class Host:
     store: SimulatedStore | None = None
     connector: SimulatedConnector | None = None
     front: Front | None = None
+    warden: SimulatedWarden | None = None
 
     @property
     def running(self) -> Process | None:
@@ -207,6 +210,11 @@ class World:
         self.checks.processes[incarnation] = process
         store = host.store = SimulatedStore(self.state, host.link, process, self.checks)
         connector = host.connector = SimulatedConnector(self.whatsapp, process, self.checks)
+        clocks = SimulatedClocks(self.clock, host.clock)
+        host.warden = None
+        if self.kind.warden:
+            kill = partial(self._kill, host, process)
+            host.warden = SimulatedWarden(process, clocks, self.network, self.checks, kill)
         ports = Ports(
             lease=store,
             accounts=store,
@@ -217,8 +225,9 @@ class World:
             connector=connector,
             legacy=FakeLegacy(),
             journal=_Telling(self, process, connector),
-            clocks=SimulatedClocks(self.clock, host.clock),
+            clocks=clocks,
             rng=rng,
+            guard=host.warden or Unguarded(),
         )
         limits = make_limits(rng) if self.kind.mixed else make_limits(random.Random(0))
         process.instance = Instance(
@@ -264,8 +273,15 @@ class World:
         if host.process is None:
             self.start(host)
 
-    def crash(self, host: Host) -> None:
-        """End a host's process between two of its steps, without any last word."""
+    def _kill(self, host: Host, process: Process) -> None:
+        if host.process is process:
+            self.crash(host, host_lives=True)
+
+    def crash(self, host: Host, *, host_lives: bool = False) -> None:
+        """End a host's process between two of its steps, without any last word.
+
+        `host_lives`: so does its warden, who gives the lease back in the process's name.
+        """
         process, front = host.process, host.front
         assert process is not None
         assert front is not None
@@ -275,6 +291,8 @@ class World:
         self.whatsapp.process_died(process)
         self.state.process_died(process)
         self._ended(host, process, front)
+        if host_lives and host.warden is not None and host.store is not None:
+            self.nursery.start_soon(host.warden.release, host.store)
 
     def holder(self) -> Host | None:
         """The host whose process the fence names."""
