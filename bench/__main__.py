@@ -47,11 +47,14 @@ def main() -> int:
     before = host_facts()
     rows: list[Row] = []
     failed = []
+    took_s: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as directory:
         for name in arguments.only:
+            began = time.monotonic()
             found, complete = run_figure(
                 name, "quick" if arguments.quick else "full", Path(directory) / f"{name}.json"
             )
+            took_s[name] = round(time.monotonic() - began, 1)
             rows += found
             if not complete:
                 failed.append(name)
@@ -61,8 +64,10 @@ def main() -> int:
         "size": "quick" if arguments.quick else "full",
         "rows": [asdict(row) for row in rows],
         "failed": failed,
+        "took_s": took_s,
     }
     show(rows)
+    print(f"{sum(took_s.values()) / 60:.1f} minutes in all")
     print(f"load average {before['load_average']} before, {content['load_average_after']} after")
     print(json.dumps(content))
     if arguments.json is not None:

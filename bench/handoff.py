@@ -178,7 +178,7 @@ async def _restart(size: Size, group: Group, node: Node) -> float:
 
 FIGURE = Figure(
     "handoff",
-    {"full": Size(1000, 20, 5, 3), "quick": Size(200, 2, 2, 0), "tiny": Size(5, 1, 1, 0)},
+    {"full": Size(1000, 20, 5, 2), "quick": Size(200, 2, 2, 0), "tiny": Size(5, 1, 1, 0)},
     measure,
 )
 

@@ -66,7 +66,7 @@ async def _measure_one(size: Size, store: str, group: Group) -> Row:
 
 
 FIGURE = Figure(
-    "startup", {"full": Size(1000, 10), "quick": Size(50, 2), "tiny": Size(2, 1)}, measure
+    "startup", {"full": Size(1000, 5), "quick": Size(50, 2), "tiny": Size(2, 1)}, measure
 )
 
 if __name__ == "__main__":
