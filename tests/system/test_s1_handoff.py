@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from tests.system.cluster import Cluster, Node
+from tests.system.steps import wait_logged
 
 pytestmark = pytest.mark.system
 
@@ -31,7 +32,7 @@ async def test_sigterm_hands_both_accounts_to_the_standby(cluster: Cluster) -> N
     a = await cluster.start("a", state="ACTIVE")
     await cluster.add_paired(a, "ann", "ben")
     b = await cluster.start("b", state="PASSIVE")
-    assert "account restore skipped, lease held by a" in b.log()
+    await wait_logged(b, "account restore skipped, lease held by a")
     answers: list[httpx.Response] = []
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
