@@ -95,6 +95,24 @@ async def test_a_drain_leaves_nothing_for_the_warden_to_do(cluster: Cluster) -> 
 
 
 @pytest.mark.long
+async def test_without_a_warden_a_stopped_holder_is_still_logged_in_when_the_next_one_acts(
+    cluster: Cluster,
+) -> None:
+    """What is lost without one; and that the count of evictions, which others rest on, can rise."""
+    a = cluster.make("a", **TIMES)
+    a.command = ("daemon", "run", "--no-warden")
+    await cluster.restart(a, state="ACTIVE")
+    await cluster.add_paired(a, "ann")
+    b = await cluster.start("b", state="PASSIVE", **TIMES)
+    a.signal(signal.SIGSTOP)
+    await cluster.wait_state(b, "ACTIVE", within_s=TTL_S + 5)
+    await cluster.wait_connected(b, "ann")
+    assert (await cluster.json(b, "GET", "/api/loopback/evictions"))["count"] == 1
+    a.signal(signal.SIGCONT)
+    await cluster.wait_state(a, "PASSIVE")
+
+
+@pytest.mark.long
 async def test_without_a_warden_an_instance_serves_drains_and_says_nothing(
     cluster: Cluster,
 ) -> None:

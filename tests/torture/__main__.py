@@ -42,9 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.torture")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, help="of the nemesis' choices; default: another one")
-    parser.add_argument(
-        "--no-warden", action="store_true", help="see what the wardens are for: claims are violated"
-    )
+    parser.add_argument("--no-warden", action="store_true", help="see what the wardens are for")
     parser.add_argument("--quiet", action="store_true", help="do not tell what is being done")
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed

@@ -122,9 +122,11 @@ class Nemesis:
 
     async def _stop_host(self, seat: Seat) -> None:
         """As a paused virtual machine: nobody on it is there to kill anybody."""
-        if seat.name not in self._stopped:
+        pids = seat.pids()
+        # Without a warden it is one more stopped process, and nobody's excuse.
+        if seat.name not in self._stopped and len(pids) > 1:
             self.history.frozen_hosts += 1
-        await self._stop(seat, seat.pids())
+        await self._stop(seat, pids)
 
     async def _stop(self, seat: Seat, pids: list[int]) -> None:
         """SIGSTOP, and after a while SIGCONT; one at a time for each seat."""
