@@ -129,6 +129,14 @@ class Checks:
                     1, f"{process.name} opens {account_id} while {other.name} has connections"
                 )
 
+    def still_open(self, process: Process, connections: int) -> None:
+        """Looked at soon after a suspend: what is past its deadline has closed its connections."""
+        mine = self._granted.incarnation == process.incarnation
+        over_since = self._granted.until if mine else -1.0
+        running = not (process.dead or process.gate.closed)
+        if running and connections and self.clock.now > over_since + 2 * BOOTTIME_LOOK_S:
+            self.violated(4, f"{process.name} has {connections} connections past its deadline")
+
     # --- the lease: claims 3 and 5
 
     def lease_asked(self, process: Process, lease: Lease) -> None:

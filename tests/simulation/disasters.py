@@ -122,9 +122,10 @@ class Disasters:
     # --- everything
 
     async def _restore_database(self) -> None:
-        """All documents of one backup, with every instance stopped, as the operating docs say.
+        """All documents of one backup, with every instance stopped and without the disks' copies.
 
-        What was accepted since and not sent is lost with it.
+        Those may carry epochs that the backup has not reached, and would win over what is written
+        from now on. What was accepted since and not sent is lost with it.
         """
         if not self._backups or self._lease_gone or self.world.clients.excused:
             return
@@ -134,6 +135,8 @@ class Disasters:
         for host in self.world.hosts:
             if host.process is not None:
                 self.world.crash(host)
+            host.disk.copies.clear()
+            self._disks[host.name] = host.disk.remember()
         self.checks.database_put_back()
         self.world.lease_put_back = True
         state.restore_lease(backup)

@@ -29,6 +29,7 @@ ARRIVED_WITHIN_S = 60.0
 """How long the last messages have to arrive, in calm."""
 LOOK_EVERY_S = 0.5
 PAUSE_MAX_S = 60.0
+LOOK_AFTER_SUSPEND_S = 0.7
 WALL_JUMP_S = 3600.0
 STEPS_MAX = 400
 """A crash or a command comes before one of so many next steps of a process."""
@@ -279,6 +280,11 @@ class Faults:
                 self._go_on(process)
                 if host.warden is not None and host.process is process:
                     host.warden.ring()
+                self.world.nursery.start_soon(self._look_closed, process)
+
+    async def _look_closed(self, process: Process) -> None:
+        await trio.sleep(LOOK_AFTER_SUSPEND_S)
+        self.world.check_closed(process)
 
     def _go_on(self, process: Process) -> None:
         if not process.dead:

@@ -13,7 +13,7 @@ import pytest
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.pinned import PINNED
 from tests.simulation.run import simulate, simulate_all
-from tests.simulation.table import catch
+from tests.simulation.table import PAGE, catch, names_in
 
 SEEDS = range(101, 131)
 """CI's own step runs 1 to 300."""
@@ -56,6 +56,10 @@ def test_a_deliberate_mistake_is_noticed(mutant: str) -> None:
 @pytest.mark.parametrize("mutant", sorted(set(MUTANTS) - set(QUICK)))
 def test_any_deliberate_mistake_is_noticed_within_its_seeds(mutant: str) -> None:
     assert catch(mutant, MINUTES) is not None, MUTANTS[mutant].what
+
+
+def test_the_page_lists_every_mutant() -> None:
+    assert names_in(PAGE) == list(MUTANTS)
 
 
 def test_the_same_seed_is_the_same_world() -> None:

@@ -246,6 +246,9 @@ class World:
         connections = len(self.whatsapp.connections_of(process))
         self.checks.term_ended(process, connections, len(connector.bridges))
 
+    def check_closed(self, process: Process) -> None:
+        self.checks.still_open(process, len(self.whatsapp.connections_of(process)))
+
     async def _live(self, host: Host, process: Process, connector: SimulatedConnector) -> None:
         """A process's life: the instance, and whoever asks it."""
         front = host.front
