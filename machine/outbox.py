@@ -12,6 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 
 import trio
 
@@ -87,6 +88,7 @@ class AccountOutbox:
         self._settled: OrderedDict[MessageId, Message] = OrderedDict()
         self._reserved = 0
         self._untried: set[MessageId] = set()
+        self._unrecorded: set[MessageId] = set()
         self._changed: dict[MessageId, trio.Event] = {}
         self._arrived = trio.Event()
 
@@ -137,6 +139,24 @@ class AccountOutbox:
         self._untried.discard(message.message_id)
         self.put(message)
 
+    def queued_after(self, message_id: MessageId, count_max: int) -> tuple[Message, ...]:
+        """The next messages in order that no connection has had and the store has as `queued`."""
+        queued = (m for m in self._pending.values() if m.state is MessageState.QUEUED)
+        return tuple(islice((m for m in queued if m.message_id != message_id), count_max))
+
+    def note_acked(self, message_id: MessageId) -> None:
+        """The server has it, and the record of that is on its way. `note_unrecorded` if that fails.
+
+        Pending still, for nothing of it is durable; but not to be sent.
+        """
+        if message_id in self._pending:
+            self._unrecorded.add(message_id)
+
+    def note_unrecorded(self, message_id: MessageId) -> None:
+        """The record of its ack came to nothing: it is to be sent again."""
+        self._unrecorded.discard(message_id)
+        self._arrived.set()
+
     @property
     def untried(self) -> tuple[Message, ...]:
         """Stored as `sending` when they were accepted, and never given to a connection."""
@@ -170,6 +190,7 @@ class AccountOutbox:
         else:
             self._pending.pop(message.message_id, None)
             self._untried.discard(message.message_id)
+            self._unrecorded.discard(message.message_id)
             self._settled[message.message_id] = message
             self._settled.move_to_end(message.message_id)
             while len(self._settled) > self._settled_kept:
@@ -179,11 +200,13 @@ class AccountOutbox:
             changed.set()
 
     async def next_pending(self) -> Message:
-        """Wait for the oldest pending message. It stays in the outbox."""
-        while not self._pending:
+        """Wait for the oldest message that is to be sent. It stays in the outbox."""
+        while True:
+            for message in self._pending.values():
+                if message.message_id not in self._unrecorded:
+                    return message
             self._arrived = trio.Event()
             await self._arrived.wait()
-        return next(iter(self._pending.values()))
 
     async def wait_settled(self, message_id: MessageId) -> Message | None:
         """Wait until a message is not pending any more; `None` when it is not in memory."""

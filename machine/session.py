@@ -51,6 +51,7 @@ from machine.ports import (
     Ports,
     QrShown,
     SendRefused,
+    ServerAck,
     StoreUnavailable,
 )
 from machine.records import (
@@ -70,6 +71,10 @@ DOUBLED, LOGGED_OUT, BANNED = 440, 401, 402
 FIRST_PASS_TRIES = 3
 """After this many tries without a connection the restore reports the account as failed."""
 
+
+AHEAD_MAX = 16
+"""Messages of one account that are ahead of the store: marked as `sending` before their turn comes,
+or acknowledged and not recorded yet. A crash has the sessions with their recipients dropped."""
 
 PASSING_STATUSES = frozenset(
     {AccountStatus.RESTORING, AccountStatus.CONNECTING, AccountStatus.BACKING_OFF}
@@ -614,7 +619,7 @@ class Session:
         """A message accepted now goes out at once: its first stored state may be `sending`."""
         return (
             self.status is AccountStatus.CONNECTED
-            and self.outbox.idle
+            and self.outbox.depth < AHEAD_MAX
             and self._outbox_known.is_set()
             and not self._term.settling
         )
@@ -635,16 +640,13 @@ class Session:
                 await trio.sleep_forever()
             self.sending = True
             try:
-                await self._deliver_one(connection, message)
+                await self._deliver_one(connection, message, broke)
             except ConnectionClosed as closed:
                 ended = closed
-            except StoreAway as away:
-                broke(ConnectionClosed(503, str(away)))
-                return
             except trio.TooSlowError:
                 ended = ConnectionClosed(NO_RESPONSE, "the server did not answer a message in time")
-            except (AuthUnreadable, AuthTooLarge, AccountVanished) as broken:
-                broke(_Unusable(str(broken)))
+            except (StoreAway, AuthUnreadable, AuthTooLarge, AccountVanished) as error:
+                broke(_closed_by(error))
                 return
             else:
                 continue
@@ -654,7 +656,12 @@ class Session:
             await hang_up(ended)
             return
 
-    async def _deliver_one(self, connection: Connection, message: Message) -> None:
+    async def _deliver_one(
+        self,
+        connection: Connection,
+        message: Message,
+        broke: Callable[[ConnectionClosed], None],
+    ) -> None:
         assert self.ledger is not None
         if message.attempts >= self._limits.send_attempts_max:
             await self._fail(message, f"gave up after {message.attempts} attempts")
@@ -671,7 +678,7 @@ class Session:
             )
         message = self._moved(message, MessageState.SENDING, attempts=message.attempts + 1)
         if not _marked(self.outbox, message):
-            await self.ledger.write(messages=(message,))
+            await self._mark(message)
         # The last look before the effect; nothing is awaited between it and the send.
         self._term.check()
         self.outbox.try_now(message)
@@ -681,21 +688,57 @@ class Session:
         except SendRefused as refused:
             await self._fail(message, f"refused_{refused.code}: {refused.detail}")
             return
-        acked = self._moved(message, MessageState.SERVER_ACK)
-        known = self.outbox.find(message.message_id)
+        self._record(self._moved(message, MessageState.SERVER_ACK), ack, broke)
+
+    async def _mark(self, message: Message) -> None:
+        """Store that a message may be on the wire from now on, and those after it with it.
+
+        Commits are in order: when this one is durable, so are the acks of all that went before.
+        """
+        assert self.ledger is not None
+        after = self.outbox.queued_after(message.message_id, AHEAD_MAX - 1)
+        ahead = tuple(self._moved(each, MessageState.SENDING) for each in after)
+
+        def applied() -> None:
+            for each in ahead:
+                self.outbox.accept(each)
+
+        await self.ledger.write(messages=(message, *ahead), applied=applied)
+
+    def _record(
+        self, acked: Message, ack: ServerAck, broke: Callable[[ConnectionClosed], None]
+    ) -> None:
+        """Have an ack stored in one commit with the keys that its message changed.
+
+        The next message need not wait for it: stored as `sending`, both are sent again after a
+        crash, in new sessions. Whoever waits for this one is told when it is durable.
+        """
+        assert self.ledger is not None
+        message_id = acked.message_id
+        known = self.outbox.find(message_id)
         # A receipt may have overtaken the ack, and is queued already: it must not be undone.
         overtaken = known is not None and is_progress(acked.state, known.state)
-        # `applied` runs even when this task is cancelled meanwhile: the outbox stays true.
-        await self.ledger.write(
+
+        # Both run also when the connection has ended meanwhile: the outbox stays true.
+        def applied() -> None:
+            self.outbox.put(acked)
+            self._ports.journal.note(
+                "message.acked",
+                account_id=self.account_id,
+                message_id=message_id,
+                duration_s=max(0.0, acked.updated_at - acked.created_at),
+            )
+
+        def failed(error: Exception) -> None:
+            self.outbox.note_unrecorded(message_id)
+            broke(_closed_by(error))
+
+        self.outbox.note_acked(message_id)
+        self.ledger.post(
             keys=ack.keys,
             messages=() if overtaken else (acked,),
-            applied=lambda: self.outbox.put(acked),
-        )
-        self._ports.journal.note(
-            "message.acked",
-            account_id=self.account_id,
-            message_id=message.message_id,
-            duration_s=max(0.0, acked.updated_at - message.created_at),
+            applied=applied,
+            failed=failed,
         )
 
     async def _is_on_whatsapp(self, connection: Connection, to: str) -> bool:
@@ -741,6 +784,8 @@ class Session:
 
     async def give_up_pending(self, cause: str) -> None:
         """Fail every message that still waits. The session must be stopped."""
+        assert self.ledger is not None
+        await self.ledger.wait_written()
         while not self.outbox.idle:
             await self._fail(await self.outbox.next_pending(), cause)
 
@@ -763,6 +808,13 @@ def _marked(outbox: AccountOutbox, message: Message) -> bool:
     """Whether the store has this message as `sending` already."""
     known = outbox.find(message.message_id)
     return known is not None and known.state is MessageState.SENDING
+
+
+def _closed_by(error: Exception) -> ConnectionClosed:
+    """What it means for the connection that a change of its account was not stored."""
+    if isinstance(error, AuthUnreadable | AuthTooLarge | AccountVanished):
+        return _Unusable(str(error))
+    return ConnectionClosed(503, f"a change was not stored: {error}")
 
 
 class _Unusable(ConnectionClosed):

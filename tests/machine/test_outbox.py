@@ -112,6 +112,17 @@ async def test_pending_messages_come_in_order_those_of_earlier_terms_first() -> 
     assert outbox.idle
 
 
+async def test_a_message_whose_ack_is_being_recorded_is_pending_and_not_sent_again() -> None:
+    outbox = an_outbox()
+    outbox.put(message("one", MessageState.SENDING))
+    outbox.put(message("two", MessageState.SENDING))
+    outbox.note_acked(MessageId("one"))
+    assert (await outbox.next_pending()).message_id == "two"
+    assert outbox.depth == 2
+    outbox.note_unrecorded(MessageId("one"))
+    assert (await outbox.next_pending()).message_id == "one"
+
+
 def test_a_message_that_settled_meanwhile_is_not_loaded_again() -> None:
     outbox = an_outbox()
     outbox.put(message("done", MessageState.SERVER_ACK))

@@ -35,6 +35,7 @@ from machine.refusals import (
     AccountQuarantined,
     NotAwaitingScan,
 )
+from machine.session import AHEAD_MAX
 from machine.states import State
 from tests.fakes.connector import Script
 from tests.machine.lab import ANN, BEN, LIMITS, TIMING, Host, Lab, open_lab
@@ -583,6 +584,88 @@ async def test_after_a_crash_between_wire_and_record_the_recipient_can_read_on(
         await other.desk.wait_progress(three.message_id)
         assert world.lab.whatsapp.unreadable() == []
         assert [one.text for one in world.lab.whatsapp.inbox()] == ["one", "two", "three"]
+
+
+async def send_at_once(world: World, count: int) -> list[Message]:
+    """Accept so many messages at once; in the order in which they were accepted."""
+    accepted: list[Message] = []
+
+    async def send(number: int) -> None:
+        accepted.append(await world.host.send(ANN, f"m{number}", key=f"k{number}"))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(count):
+            nursery.start_soon(send, number)
+    return accepted
+
+
+async def test_the_next_message_does_not_wait_for_the_record_of_the_one_before(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        world.script.ack_delay_s = 0.01
+        world.host.store.delay(0.5, 0.5)
+        now = trio.current_time()
+        for message in await send_at_once(world, 8):
+            assert (await world.done(message)).state is MessageState.SERVER_ACK
+            assert world.message(message.message_id).state is MessageState.SERVER_ACK
+        # One for the first, one for the others, one for their acks; not two for each.
+        assert trio.current_time() < now + 4.5
+
+
+async def test_after_a_crash_with_acks_on_their_way_to_the_store_the_recipient_reads_each_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        first = await world.done(await world.host.send(ANN, "first"))
+        world.script.ack_delay_s = 0.2
+        messages = await send_at_once(world, 5)
+        # Its network goes, but for WhatsApp: none of the acks is stored.
+        world.host.store.partitioned = True
+        await trio.sleep(0.95)
+        assert len(world.lab.whatsapp.raw) >= 5
+        stored = {world.message(each.message_id).state for each in messages}
+        assert stored == {MessageState.SENDING}
+        other = world.lab.start(world.lab.make("b"))
+        await other.journal.wait_for("restore.finished")
+        for message in messages:
+            await other.desk.wait_progress(message.message_id)
+        assert world.lab.whatsapp.unreadable() == []
+        inbox = [one.message_id for one in world.lab.whatsapp.inbox()]
+        assert sorted(inbox) == sorted(each.message_id for each in [first, *messages])
+
+
+async def test_no_more_than_a_few_messages_are_ahead_of_the_store(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        world.script.ack_delay_s = 0.1
+        accepted = await send_at_once(world, 3 * AHEAD_MAX)
+        ahead = [each for each in accepted if each.state is MessageState.SENDING]
+        assert len(ahead) == AHEAD_MAX
+        world.host.store.partitioned = True
+        await trio.sleep(5)
+        assert len(world.lab.whatsapp.raw) == AHEAD_MAX
+
+
+async def test_what_has_waited_is_marked_together_before_it_goes_out(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        world.cut(402, expire_s=1000)
+        await world.host.journal.wait_for("session.closed")
+        messages = [await world.host.send(ANN, f"m{n}") for n in range(10)]
+        world.script.ack_delay_s = 1.0
+        await world.wait_connected(2)
+        before = world.host.store.calls["commit"]
+        await trio.sleep(0.5)
+        assert len(world.lab.whatsapp.raw) == 1
+        stored = {world.message(each.message_id).state for each in messages}
+        assert stored == {MessageState.SENDING}
+        for message in messages:
+            await world.done(message)
+        assert world.host.store.calls["commit"] - before <= 12
+        assert [one.text for one in world.lab.whatsapp.raw] == [f"m{n}" for n in range(10)]
 
 
 async def test_messages_wait_for_an_account_that_is_away_and_then_go_out(
