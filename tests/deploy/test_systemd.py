@@ -145,6 +145,28 @@ def test_a_hung_daemon_is_killed_and_started_again(host: Host, service: str) -> 
     print(f"hung -> ACTIVE again: {took_s:.1f} s")
 
 
+def test_a_hung_standby_is_killed_and_started_again(host: Host) -> None:
+    for name in PORTS:
+        host.systemctl("start", f"watchkeeper@{name}")
+    standby = next(
+        unit
+        for unit in (f"watchkeeper@{name}.service" for name in PORTS)
+        if host.show(unit, "StatusText").startswith("PASSIVE")
+    )
+    host.kill(signal.SIGSTOP, daemon_of(host, standby))
+    took_s = wait_until(
+        "the standby is back",
+        lambda: (
+            int(host.show(standby, "NRestarts")) >= 1
+            and host.systemctl("is-active", standby, check=False) == "active"
+        ),
+        90,
+    )
+    print(f"standby hung -> ready again: {took_s:.1f} s")
+    for name in PORTS:
+        host.systemctl("stop", f"watchkeeper@{name}")
+
+
 def test_a_killed_service_is_back_by_itself(host: Host, service: str) -> None:
     wait_until("ACTIVE", lambda: is_active_holder(host, service))
     before = host.processes(service)
