@@ -1,8 +1,8 @@
 """W3: kill -9 of a daemon, of its bridges, or of both, while messages are between wire and store.
 
-Two windows, in both directions. *wire*: WhatsApp has our message on its wire, and has neither
-delivered nor acknowledged it. *commit*: it has done both, and the store cannot take the record, nor
-that of what the contact wrote meanwhile. The judge is the contact's phone, and the API.
+Two windows. *wire*: WhatsApp has our message on its wire, and has neither delivered it nor
+acknowledged it. *commit*: it has done both, and the store cannot take the record, nor that of what
+the contact wrote meanwhile. The judge is the contact's phone, and the API.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import httpx
 import pytest
 import trio
 
-from tests.system.cluster import Cluster, Node
+from tests.emulator import Emulator
+from tests.system.cluster import Cluster, Node, firestore_env
 from tests.system.steps import lines_of
-from tests.system.test_s3_store_hangs import TIMES, locked_out
+from tests.system.test_s3_store_hangs import TIMES, locked_out, paused
 from tests.whatsapp.server import FakeWhatsApp
 from tests.whatsapp.steps import kill_all, open_whatsapp_cluster, pair, wait_received
 
@@ -90,29 +91,36 @@ async def send_into_the_window(cluster: Cluster, node: Node) -> None:
 
 
 @asynccontextmanager
-async def on_the_wire(cluster: Cluster, node: Node, whatsapp: FakeWhatsApp) -> AsyncIterator[None]:
-    """In the block, our message is on the wire. After it, what was there is delivered."""
+async def on_the_wire(
+    cluster: Cluster, node: Node, whatsapp: FakeWhatsApp, _: Emulator | None
+) -> AsyncIterator[None]:
+    """In the block, our message is on the wire. After it, what was there is delivered.
+
+    The contact writes nothing meanwhile: to record that would record what our message has made of
+    the session too.
+    """
     await whatsapp.hold(PHONE)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send_into_the_window, cluster, node)
         while (await whatsapp.person(PHONE)).held == 0:
             await trio.sleep(0.01)
-        await whatsapp.send(CONTACT, PHONE, ["window, in"])
         yield
         await whatsapp.release(PHONE)
 
 
 @asynccontextmanager
 async def before_the_commit(
-    cluster: Cluster, node: Node, whatsapp: FakeWhatsApp
+    cluster: Cluster, node: Node, whatsapp: FakeWhatsApp, emulator: Emulator | None
 ) -> AsyncIterator[None]:
     """In the block, each side's message has arrived, and no store can say so."""
+    path = cluster.directory / "shared" / "shared.db"
+    hung = locked_out(path) if emulator is None else paused(emulator)
     await whatsapp.hold(PHONE)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send_into_the_window, cluster, node)
         while (await whatsapp.person(PHONE)).held == 0:
             await trio.sleep(0.01)
-        async with locked_out(cluster.directory / "shared" / "shared.db"):
+        async with hung:
             shown = len((await whatsapp.inbox(CONTACT)).shown)
             await whatsapp.release(PHONE)
             await whatsapp.send(CONTACT, PHONE, ["window, in"])
@@ -124,10 +132,8 @@ async def before_the_commit(
             yield
 
 
-WINDOWS: dict[str, Callable[[Cluster, Node, FakeWhatsApp], AbstractAsyncContextManager[None]]] = {
-    "wire": on_the_wire,
-    "commit": before_the_commit,
-}
+Window = Callable[[Cluster, Node, FakeWhatsApp, Emulator | None], AbstractAsyncContextManager[None]]
+WINDOWS: dict[str, Window] = {"wire": on_the_wire, "commit": before_the_commit}
 
 
 async def everything_once(cluster: Cluster, node: Node, whatsapp: FakeWhatsApp) -> None:
@@ -146,8 +152,13 @@ async def crashed_in_a_window(
     window: str,
     *,
     lids: bool = True,
+    emulator: Emulator | None = None,
 ) -> None:
-    async with open_whatsapp_cluster(tmp_path, whatsapp, **TIMES) as cluster:
+    env = dict(TIMES)
+    if emulator is not None:
+        env = {**firestore_env(tmp_path, emulator.host), **TIMES}
+        env["WATCHKEEPER_CONNECTOR"] = "baileys"
+    async with open_whatsapp_cluster(tmp_path, whatsapp, **env) as cluster:
         with trio.fail_after(WITHIN_S):
             a = await cluster.start("a", state="ACTIVE")
             await pair(cluster, a, whatsapp, "anna", PHONE)
@@ -155,13 +166,15 @@ async def crashed_in_a_window(
             await talk(cluster, a, whatsapp, "before")
             await whatsapp.settings(lids=lids)
             (before,) = (await whatsapp.person(PHONE)).devices
-            async with WINDOWS[window](cluster, a, whatsapp):
+            async with WINDOWS[window](cluster, a, whatsapp, emulator):
                 kill(a)
                 await wait_cut(whatsapp)
             holder = await cluster.wait_active()
             assert holder is (a if kill is kill_bridges else b)
             await wait_logged_in(whatsapp, before.logins + 1)
             await cluster.wait_connected(holder, "anna")
+            if window == "wire":
+                await whatsapp.send(CONTACT, PHONE, ["window, in"])
             await talk(cluster, holder, whatsapp, "after")
             await everything_once(cluster, holder, whatsapp)
             if window == "wire":
@@ -188,3 +201,13 @@ async def test_a_crash_between_wire_and_store_costs_nobody_a_message(
 ) -> None:
     # Without LIDs Baileys begins no new session after a start, so an old one would be noticed.
     await crashed_in_a_window(tmp_path, whatsapp, kill, window, lids=lids)
+
+
+@pytest.mark.long
+@pytest.mark.emulator
+@pytest.mark.parametrize("kill", [kill_daemon, kill_bridges, kill_both])
+async def test_a_crash_while_firestore_hangs_costs_nobody_a_message(
+    tmp_path: Path, whatsapp: FakeWhatsApp, own_emulator: Emulator, kill: Callable[[Node], None]
+) -> None:
+    # It may apply, when it goes on, what the dead one asked for.
+    await crashed_in_a_window(tmp_path, whatsapp, kill, "commit", lids=False, emulator=own_emulator)
