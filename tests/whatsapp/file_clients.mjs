@@ -47,6 +47,7 @@ class Account {
 			let isSaved = Promise.resolve()
 			socket.ev.on('creds.update', () => (isSaved = saveCreds()))
 			socket.ws.on('CB:ack,class:message', ({ attrs }) => this.#acks.get(attrs.id)?.(attrs.error))
+			socket.ev.on('messages.upsert', ({ messages }) => this.#heard(messages))
 			socket.ev.on('connection.update', ({ connection, qr, isNewLogin, lastDisconnect }) => {
 				if (qr) tell('qr', { name: this.name, qr })
 				if (isNewLogin) isNew = true
@@ -57,6 +58,13 @@ class Account {
 				else reject(new Error(`${this.name} was closed: ${lastDisconnect?.error?.message}`))
 			})
 		})
+	}
+
+	#heard(messages) {
+		for (const { key, message } of messages) {
+			const text = message?.conversation || message?.extendedTextMessage?.text
+			if (!key.fromMe && text) tell('heard', { name: this.name, text })
+		}
 	}
 
 	/** Send a text; resolves when the server has acknowledged it. */
@@ -104,6 +112,17 @@ const commands = {
 			tookS.push((performance.now() - began) / 1000)
 		})
 		tell('done', { tookS })
+	},
+	async say({ name, to, text }) {
+		await account(name).send(to, text)
+		tell('done')
+	},
+	/** End every connection; what Baileys still had to write is written. */
+	async close() {
+		for (const { socket } of accounts.values()) void socket.end(undefined)
+		accounts.clear()
+		await sleep(WRITE_MS)
+		tell('done')
 	},
 	/** `callers` that send and wait for the ack, for `seconds`; each through the next of `names`. */
 	async send({ names, callers, seconds, to }) {

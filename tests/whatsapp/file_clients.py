@@ -65,6 +65,22 @@ class FileClients:
         done = await self._next()
         return Sends(list(done["tookS"]), float(done["seconds"]))
 
+    async def say(self, name: str, to: str, text: str) -> None:
+        """Send a text through an open account, and wait for its ack."""
+        await self._tell(command="say", name=name, to=to, text=text)
+        assert (await self._next())["event"] == "done"
+
+    async def wait_heard(self, name: str, text: str) -> None:
+        """Wait until an open account has read it. What others heard before that is dropped."""
+        wanted = {"event": "heard", "name": name, "text": text}
+        while await self._next() != wanted:
+            pass
+
+    async def close(self) -> None:
+        """End every connection, and wait until all of it is on the disk."""
+        await self._tell(command="close")
+        assert (await self._next())["event"] == "done"
+
     async def wait_ready(self) -> None:
         assert (await self._next())["event"] == "ready"
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from subprocess import PIPE
-from typing import Any
 
 import pytest
 import trio
@@ -16,67 +11,17 @@ from tests.baileys.directories import fingerprints
 from tests.system.cluster import Cluster, Node
 from tests.system.steps import lines_of
 from tests.system.test_operator import command
+from tests.whatsapp.file_clients import open_file_clients
 from tests.whatsapp.server import FakeWhatsApp
 from tests.whatsapp.steps import open_whatsapp_cluster, wait_received
 
 pytestmark = [pytest.mark.node, pytest.mark.system]
 
-BACKEND = Path(__file__).parent / "old_backend.mjs"
 CONTACT = "4915112345678"
 PHONES = {"anna": "4915550000001", "ben": "4915550000002"}
 """The directories' names, and whose sessions are in them."""
 ROUNDS = 3
 WITHIN_S = 90.0
-
-
-class OldBackend:
-    """Another's backend, driven line by line."""
-
-    def __init__(self, process: trio.Process) -> None:
-        self._process = process
-        self._rest = b""
-
-    async def open(self, name: str) -> None:
-        await self._tell(name=name)
-
-    async def send(self, name: str, text: str) -> None:
-        await self._tell(name=name, to=CONTACT, text=text)
-
-    async def next(self, name: str, event: str) -> dict[str, Any]:
-        """Wait for such an event; what else happens before it is of no interest."""
-        assert self._process.stdout is not None
-        while True:
-            while b"\n" not in self._rest:
-                some = await self._process.stdout.receive_some()
-                assert some, "the old backend has ended"
-                self._rest += bytes(some)
-            line, _, self._rest = self._rest.partition(b"\n")
-            happened: dict[str, Any] = json.loads(line)
-            assert happened["event"] != "closed", happened
-            if (happened["name"], happened["event"]) == (name, event):
-                return happened
-
-    async def _tell(self, **facts: str) -> None:
-        assert self._process.stdin is not None
-        await self._process.stdin.send_all(json.dumps(facts).encode() + b"\n")
-
-    async def stop(self) -> None:
-        """As with a deploy that is the last of it: what it had to write is written."""
-        assert self._process.stdin is not None
-        await self._process.stdin.aclose()
-        assert await self._process.wait() == 0
-
-
-@asynccontextmanager
-async def open_old_backend(whatsapp: FakeWhatsApp, directory: Path) -> AsyncIterator[OldBackend]:
-    given = ["node", str(BACKEND), whatsapp.url, str(directory)]
-    process = await trio.lowlevel.open_process(given, stdin=PIPE, stdout=PIPE)
-    try:
-        yield OldBackend(process)
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
 
 
 async def wait_shown(whatsapp: FakeWhatsApp, text: str) -> None:
@@ -88,18 +33,17 @@ async def wait_shown(whatsapp: FakeWhatsApp, text: str) -> None:
 async def sessions_of_an_old_backend(
     whatsapp: FakeWhatsApp, directory: Path, *, lids: bool
 ) -> None:
-    """Directories of accounts in the middle of a conversation with the contact."""
-    async with open_old_backend(whatsapp, directory) as backend:
+    """Directories, by real Baileys, of accounts in the middle of a conversation."""
+    async with open_file_clients(directory, whatsapp.url) as backend:
+        await backend.pair(whatsapp, PHONES)
+        await backend.open(list(PHONES))
         for name, phone in PHONES.items():
-            await backend.open(name)
-            await whatsapp.scan(phone, (await backend.next(name, "qr"))["qr"])
-            await backend.next(name, "open")
             for number in range(ROUNDS):
-                await backend.send(name, f"{name}, long ago: {number}")
+                await backend.say(name, CONTACT, f"{name}, long ago: {number}")
                 await wait_shown(whatsapp, f"{name}, long ago: {number}")
                 await whatsapp.send(CONTACT, phone, [f"to {name}, long ago: {number}"])
-                await backend.next(name, "message")
-        await backend.stop()
+                await backend.wait_heard(name, f"to {name}, long ago: {number}")
+        await backend.close()
     # From here on Baileys takes the session that it has with the contact, and begins no new one.
     await whatsapp.settings(lids=lids)
     # Between two deploys, somebody writes.
@@ -131,9 +75,8 @@ async def both_ways_are_readable(cluster: Cluster, node: Node, whatsapp: FakeWha
     assert [counts.get(each, 0) for each in ("conflict", "unreadable", "nack")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "lids", [True, pytest.param(False, marks=pytest.mark.long)], ids=["new-session", "same-session"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("lids", [True, False], ids=["new-session", "same-session"])
 async def test_an_old_backends_accounts_go_on_here_from_the_first_start(
     tmp_path: Path, whatsapp: FakeWhatsApp, *, lids: bool
 ) -> None:
@@ -161,7 +104,6 @@ async def test_an_old_backends_accounts_go_on_here_from_the_first_start(
     assert fingerprints(sessions) == before
 
 
-@pytest.mark.long
 async def test_an_old_backends_accounts_are_imported_by_command_into_a_running_instance(
     tmp_path: Path, whatsapp: FakeWhatsApp
 ) -> None:
