@@ -89,6 +89,7 @@ class AccountOutbox:
         self._reserved = 0
         self._untried: set[MessageId] = set()
         self._unrecorded: set[MessageId] = set()
+        self._tried: dict[MessageId, str] = {}
         self._changed: dict[MessageId, trio.Event] = {}
         self._arrived = trio.Event()
 
@@ -137,7 +138,15 @@ class AccountOutbox:
     def try_now(self, message: Message) -> None:
         """Note that a message goes to the connection in this instant."""
         self._untried.discard(message.message_id)
+        self._tried[message.message_id] = message.to
         self.put(message)
+
+    def note_recorded(self, message_id: MessageId) -> None:
+        """The keys that sending it changed are durable, and so are those of all before it."""
+        to = self._tried.pop(message_id, None)
+        for other in [one for one, other_to in self._tried.items() if other_to == to]:
+            if other not in self._pending:
+                del self._tried[other]
 
     def queued_after(self, message_id: MessageId, count_max: int) -> tuple[Message, ...]:
         """The next messages in order that no connection has had and the store has as `queued`."""
@@ -215,12 +224,16 @@ class AccountOutbox:
         return self._settled.get(message_id)
 
     def doubtful_recipients(self) -> frozenset[str]:
-        """Recipients that may have had a message which nobody recorded as sent."""
-        return frozenset(
+        """Recipients that may have had a message which nobody recorded as sent.
+
+        Also where a receipt says that they had it: its keys may have come to nothing all the same.
+        """
+        pending = (
             message.to
             for message in self._pending.values()
             if message.state is MessageState.SENDING and message.message_id not in self._untried
         )
+        return frozenset((*pending, *self._tried.values()))
 
 
 def require_same(message: Message, *, account_id: AccountId, to: str, text: str) -> None:

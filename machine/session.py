@@ -721,6 +721,7 @@ class Session:
 
         # Both run also when the connection has ended meanwhile: the outbox stays true.
         def applied() -> None:
+            self.outbox.note_recorded(message_id)
             self.outbox.put(acked)
             self._ports.journal.note(
                 "message.acked",

@@ -37,3 +37,30 @@ async def test_a_reopened_account_has_the_keys_of_an_ack_that_was_still_being_st
             again.message_id,
         ]
         assert lab.whatsapp.unreadable() == []
+
+
+async def test_a_receipt_for_an_ack_that_came_to_nothing_leaves_its_session_in_doubt(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        host = lab.start(lab.make("a"))
+        await host.journal.wait_for("restore.finished")
+        first = await host.send(ANN, "makes the session")
+        await host.desk.wait_progress(first.message_id)
+        await trio.sleep(1.0)
+        lab.whatsapp.script(ANN).receipts = (MessageState.DELIVERED,)
+        lab.whatsapp.script(ANN).ack_delay_s = 1.0
+        await host.send(ANN, "received, its keys never stored")
+        await trio.sleep(0.5)
+        stored = lab.state.accounts.pop(ANN)
+        await host.journal.wait_for("commit.refused")
+        await trio.sleep(0.5)
+        lab.state.accounts[ANN] = stored
+        await host.desk.reconnect(ANN)
+        await host.journal.wait_for("session.connected", 2)
+        lab.whatsapp.script(ANN).ack_delay_s = 0.0
+        third = await host.send(ANN, "in a session that is not used up")
+        await host.desk.wait_progress(third.message_id)
+        assert third.message_id in [one.message_id for one in lab.whatsapp.inbox()]
+        assert lab.whatsapp.unreadable() == []

@@ -17,4 +17,5 @@ PINNED = {
     22: "a send that was under way when the term ended was called not accepted, and sent twice",
     27: "lease documents of a backup showed a lease as free whose holder was still acting",
     73: "a connection was opened while the ack of the one before was still being stored",
+    130: "a receipt overtook an ack whose keys came to nothing, and the session was not doubted",
 }
