@@ -224,7 +224,8 @@ class Checks:
         self._put_back.add(account_id)
 
     def database_put_back(self) -> None:
-        """The same for all documents: no epoch that was granted since is known to the store."""
+        """The same for all documents, with every process stopped: nobody holds what was granted."""
+        self._granted = Granted(0, "")
         self._acted, self._forgotten = (0, ""), True
 
     def receipt(self, account_id: AccountId, message_id: MessageId) -> None:
