@@ -27,9 +27,10 @@ pytestmark = [pytest.mark.node, pytest.mark.system]
 
 PHONE = "4915550000001"
 CONTACT = "4915112345678"
-KEY = "the-one-in-the-window"
-SPOKEN = ("before first", "before second", "window", "after first", "after second")
-"""What is written in each direction."""
+AHEAD = 3
+"""Messages in the window: accepted, and some of them on the wire or acknowledged."""
+SPOKEN = ("before first", "before second", "after first", "after second")
+"""What is written in each direction outside of it."""
 WITHIN_S = 90.0
 
 
@@ -76,18 +77,33 @@ async def talk(cluster: Cluster, node: Node, whatsapp: FakeWhatsApp, word: str) 
             await trio.sleep(0.02)
 
 
-async def send_into_the_window(cluster: Cluster, node: Node) -> None:
+async def send_into_the_window(cluster: Cluster, node: Node, number: int) -> None:
     """Call until somebody says that the message is accepted, always with the same key."""
     nodes = [node, *(each for each in cluster.nodes if each is not node)]
     while True:
         for each in nodes:
             try:
-                answer = await cluster.send(each, "anna", "window, out", key=KEY)
+                answer = await cluster.send(
+                    each, "anna", f"window {number}, out", key=f"key-{number}"
+                )
             except httpx.TransportError:
                 continue
             if answer.status_code in (200, 202):
                 return
         await trio.sleep(0.1)
+
+
+async def fill_the_window(
+    cluster: Cluster, node: Node, whatsapp: FakeWhatsApp, nursery: trio.Nursery
+) -> None:
+    """Return when all are accepted, in order, and the first is on the wire."""
+    accepted = len(lines_of(node, "of anna accepted"))
+    for number in range(AHEAD):
+        nursery.start_soon(send_into_the_window, cluster, node, number)
+        while len(lines_of(node, "of anna accepted")) <= accepted + number:
+            await trio.sleep(0.01)
+    while (await whatsapp.person(PHONE)).held == 0:
+        await trio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -101,9 +117,7 @@ async def on_the_wire(
     """
     await whatsapp.hold(PHONE)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(send_into_the_window, cluster, node)
-        while (await whatsapp.person(PHONE)).held == 0:
-            await trio.sleep(0.01)
+        await fill_the_window(cluster, node, whatsapp, nursery)
         yield
         await whatsapp.release(PHONE)
 
@@ -117,14 +131,12 @@ async def before_the_commit(
     hung = locked_out(path) if emulator is None else paused(emulator)
     await whatsapp.hold(PHONE)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(send_into_the_window, cluster, node)
-        while (await whatsapp.person(PHONE)).held == 0:
-            await trio.sleep(0.01)
+        await fill_the_window(cluster, node, whatsapp, nursery)
         async with hung:
             shown = len((await whatsapp.inbox(CONTACT)).shown)
             await whatsapp.release(PHONE)
             await whatsapp.send(CONTACT, PHONE, ["window, in"])
-            await whatsapp.wait_inbox(CONTACT, shown + 1)
+            await whatsapp.wait_inbox(CONTACT, shown + AHEAD)
             # Long enough for both to be at the store's door; nothing could be told of it.
             await trio.sleep(0.3)
             (device,) = (await whatsapp.person(PHONE)).devices
@@ -138,11 +150,15 @@ WINDOWS: dict[str, Window] = {"wire": on_the_wire, "commit": before_the_commit}
 
 async def everything_once(cluster: Cluster, node: Node, whatsapp: FakeWhatsApp) -> None:
     """Both sides can read all that was written to them, and see it once."""
-    inbox = await whatsapp.wait_inbox(CONTACT, len(SPOKEN))
-    assert Counter(inbox.texts) == Counter(f"{each}, out" for each in SPOKEN)
+    out = [f"{each}, out" for each in (*SPOKEN, *(f"window {n}" for n in range(AHEAD)))]
+    inbox = await whatsapp.wait_inbox(CONTACT, len(out))
+    assert Counter(inbox.texts) == Counter(out)
+    inside = [text for text in inbox.texts if text.startswith("window")]
+    assert inside == [f"window {n}, out" for n in range(AHEAD)]
     assert inbox.unreadable == ()
-    mail = await wait_received(cluster, node, "anna", len(SPOKEN))
-    assert Counter(each["text"] for each in mail) == Counter(f"{each}, in" for each in SPOKEN)
+    mail = await wait_received(cluster, node, "anna", len(SPOKEN) + 1)
+    said = Counter(f"{each}, in" for each in (*SPOKEN, "window"))
+    assert Counter(each["text"] for each in mail) == said
 
 
 async def crashed_in_a_window(
@@ -174,6 +190,8 @@ async def crashed_in_a_window(
             await wait_logged_in(whatsapp, before.logins + 1)
             await cluster.wait_connected(holder, "anna")
             if window == "wire":
+                # Written before, it would be in a session that is dropped, and be asked for again.
+                await whatsapp.wait_inbox(CONTACT, len(SPOKEN) // 2 + AHEAD)
                 await whatsapp.send(CONTACT, PHONE, ["window, in"])
             await talk(cluster, holder, whatsapp, "after")
             await everything_once(cluster, holder, whatsapp)
