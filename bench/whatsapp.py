@@ -103,6 +103,9 @@ class Ground:
             "WATCHKEEPER_NODE": self.node,
             "WATCHKEEPER_LEGACY_SESSIONS_DIR": str(self.ours(accounts)),
             "WATCHKEEPER_BRIDGE_ACCOUNTS_MAX": str(max(accounts, 1)),
+            # The first send of many accounts at once takes its time; each is waited for.
+            "WATCHKEEPER_SEND_WAIT_S": "25",
+            "WATCHKEEPER_DRAIN_S": "40",
             "WATCHKEEPER_LOG_FORMAT": "json",
             "WATCHKEEPER_LOG_LEVEL": "info",
         }
