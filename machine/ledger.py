@@ -682,16 +682,16 @@ class Ledger:
                 epoch_seen=head.version.epoch,
             )
             self._term.check()
-        self.stamp = head.stamp
-        if self.version > head.version:
+        # A version that the restore found broken there, and pushes: its keys may be all that is.
+        broken = self._push and self.version == head.version
+        if self.version > head.version or broken:
             await self._replace(head)
-            return
-        if self._push and self.version == head.version:
-            # The restore found this version broken there; its keys may be all that is.
-            await self._replace(head)
+            self.stamp = head.stamp
             return
         if head.fault is not None:
+            # Without its stamp: the next commit, too, must look first and not write over it.
             raise AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
+        self.stamp = head.stamp
         if head.version != self.version:
             self._ports.journal.note("account.refused_seal", account_id=self.account_id)
         self.account = replace(head.account, **self._noted)

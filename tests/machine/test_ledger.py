@@ -516,6 +516,22 @@ async def test_a_disk_that_does_not_take_it_is_told_once_and_the_shared_store_go
         assert len(bench.host.journal.of("disk.failed")) == 1
 
 
+async def test_a_newer_shared_copy_that_cannot_be_read_is_not_written_over_at_the_second_try(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_bench(sealed=False) as bench:
+        stored = bench.lab.state.accounts[ANN]
+        stored.version = Version(6, 59)
+        bench.lab.state.damage_account(ANN)
+        # As after a restore from the disk alone: an older copy, and nothing known of the shared.
+        bench.ledger.stamp = None
+        bench.ledger.complete = True
+        for _ in range(2):
+            with pytest.raises(AccountVanished, match="cannot be read"):
+                await bench.ledger.write(keys=mark(b"older"))
+        assert stored.version == Version(6, 59)
+
+
 async def test_local_durability_answers_when_the_disk_has_it_and_replicates_in_time(
     autojump_clock: MockClock,
 ) -> None:

@@ -18,4 +18,5 @@ PINNED = {
     27: "lease documents of a backup showed a lease as free whose holder was still acting",
     73: "a connection was opened while the ack of the one before was still being stored",
     130: "a receipt overtook an ack whose keys came to nothing, and the session was not doubted",
+    163: "an older disk copy was written over a newer shared one that could not be read",
 }
