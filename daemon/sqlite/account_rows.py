@@ -302,6 +302,9 @@ def _refuse_older(connection: sqlite3.Connection, grant: Grant) -> None:
 def _copy(row: tuple[Any, ...]) -> AccountCopy:
     account_id, name, status, created_at, updated_at, since, phone, last_error, connected = row[:9]
     epoch, revision, stamp, commit_id, removed, main, banned_until, doubtful, others = row[9:]
+    if None in (*row[:6], epoch, revision, stamp, commit_id):
+        # STRICT tables keep types, and a damaged page keeps nothing.
+        return unreadable(AccountId(account_id or "?"), "a value of its row is missing")
     fault = None
     try:
         known = AccountStatus(status)

@@ -190,6 +190,8 @@ def _listed(row: _Row) -> AccountCopy:
     The version is known all the same: an unreadable copy must not lose to an older one.
     """
     _, name, epoch, revision, packed, main = row
+    if None in (name, epoch, revision, packed):
+        return unreadable(AccountId(name or "?"), "a value of its row on this disk is missing")
     account_id, version = AccountId(name), Version(epoch, revision)
     if not version.plausible:
         return unreadable(account_id, f"version {version} was never counted to")
