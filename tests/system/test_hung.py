@@ -77,6 +77,7 @@ async def _hang(cluster: Cluster, number: int) -> None:
     assert (await cluster.json(b, "GET", "/api/loopback/evictions"))["count"] == 0
 
 
+@pytest.mark.long
 async def test_a_blocked_event_loop_is_killed_before_the_lease_can_be_taken(
     cluster: Cluster,
 ) -> None:

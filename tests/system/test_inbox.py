@@ -67,6 +67,7 @@ async def waiting(cluster: Cluster, node: Node, account_id: str) -> int:
     return int(answer["count"])
 
 
+@pytest.mark.long
 async def test_received_messages_outlive_a_crash_and_a_handoff_and_are_read_once(
     cluster: Cluster,
 ) -> None:

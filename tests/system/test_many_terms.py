@@ -84,7 +84,7 @@ async def run_terms(instance: Instance, ports: Ports, count: int) -> None:
     await wait_restored(instance)
 
 
-@pytest.mark.parametrize("terms", [8, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("terms", [4, pytest.param(100, marks=pytest.mark.long)])
 async def test_descriptors_tasks_and_memory_are_back_after_many_terms(
     store_env: dict[str, str], tmp_path: Path, terms: int
 ) -> None:

@@ -82,6 +82,7 @@ async def _hang_and_heal(cluster: Cluster, hang: AbstractAsyncContextManager[Non
     assert "lease lost" in a.log()
 
 
+@pytest.mark.long
 async def test_a_locked_database_ends_the_term_before_the_ttl(tmp_path: Path) -> None:
     async with open_cluster(tmp_path, sqlite_env(tmp_path)) as cluster:
         await _hang_and_heal(cluster, locked_out(tmp_path / "shared" / "shared.db"))

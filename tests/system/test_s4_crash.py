@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.system, LONG_ON_FIRESTORE]
 PROCESS_CRASH_S = 2.0
 
 
+@pytest.mark.long
 async def test_kill_9_of_the_holders_host_loses_no_accepted_message(cluster: Cluster) -> None:
     a, took_s = await _crash(cluster, Node.kill)
     assert took_s < TTL_S + 1

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.system, LONG_ON_FIRESTORE]
 ACCOUNTS = 1000
 
 
+@pytest.mark.long
 async def test_a_send_is_accepted_while_a_thousand_accounts_are_being_opened(
     cluster: Cluster,
 ) -> None:

@@ -164,6 +164,7 @@ def node_here() -> str:
     return path
 
 
+@pytest.mark.long
 async def test_a_few_accounts_are_opened_in_waves(tmp_path: Path, whatsapp: FakeWhatsApp) -> None:
     await many_accounts(tmp_path, whatsapp, count=8, at_once=3, nodes={"here": node_here()})
 
