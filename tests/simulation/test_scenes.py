@@ -61,7 +61,7 @@ def check_crashes(every: int) -> None:
 
 @pytest.mark.long
 def test_a_crash_before_a_step_loses_nothing() -> None:
-    check_crashes(51)
+    check_crashes(every=51)
 
 
 @pytest.mark.long
