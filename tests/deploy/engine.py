@@ -99,7 +99,7 @@ class Engine:
         files.mkdir()
         self.run(
             *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", "bookworm"),
-            *(str(files / "base.tar"), "deb http://deb.debian.org/debian bookworm main"),
+            *(str(files / "base.tar"), str(_package_sources())),
             within_s=BUILD_S_MAX,
         )
         node = shutil.which("node")
@@ -122,6 +122,12 @@ class Engine:
 
     def image_size(self, tag: str) -> int:
         return int(self.podman("image", "inspect", "--format", "{{.Size}}", tag).stdout)
+
+
+def _package_sources() -> Path:
+    """Where this machine gets its Debian packages from."""
+    names = ("sources.list.d/debian.sources", "sources.list")
+    return next(path for name in names if (path := Path("/etc/apt") / name).is_file())
 
 
 class Container:
