@@ -757,3 +757,20 @@ async def test_a_cold_start_reads_a_bounded_number_of_accounts_at_once(
         began = trio.current_time()
         await a.journal.wait_for("session.connected", 48)
         assert trio.current_time() - began == pytest.approx(3.0, abs=0.3)
+
+
+async def test_the_outbox_is_read_when_every_account_is_sealed(autojump_clock: MockClock) -> None:
+    # Before that an old holder may still accept a message, which nobody would know of.
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN, BEN)
+        a = lab.make("a")
+        weather, sealed = a.store.weather, []
+
+        def watching(operation: str) -> Passage:
+            if operation == "list_pending":
+                sealed.append([copy.version.epoch for copy in lab.state.accounts.values()])
+            return weather(operation)
+
+        a.store.weather = watching
+        await restored(a, lab)
+        assert sealed == [[a.term.epoch] * 2]

@@ -367,24 +367,6 @@ def the_disk_wins(shared: AccountCopy | None, local: AccountCopy | None) -> Choi
 _reconcile = machine.restore.reconcile
 
 
-async def load_then_seal(self: Restore) -> None:
-    """Load the outbox first, and seal when it is loaded."""
-    pending = await self._list_pending()
-    self._list_pending = _answer(pending)  # type: ignore[method-assign]
-    await _seal_all(self)
-
-
-_seal_all = Restore._seal_all
-
-
-def _answer(pending: Any) -> Callable[[], Any]:
-    async def answer() -> Any:
-        await trio.lowlevel.checkpoint()
-        return pending
-
-    return answer
-
-
 # --- WhatsApp -------------------------------------------------------------------------------------
 
 
@@ -539,11 +521,6 @@ MUTANTS = {
     "disk-wins": Mutant(
         "this disk's copy is taken, whichever is newer",
         made=patched(machine.restore, "reconcile", the_disk_wins),
-    ),
-    "load-then-seal": Mutant(
-        "the outbox is read before the accounts are sealed",
-        made=patched(Restore, "_seal_all", load_then_seal),
-        seeds=range(1, 121),  # it takes a message that is accepted in the moment of a takeover
     ),
     "no-doubts": Mutant(
         "sessions with an unrecorded message are gone on with", wire=over_connector(NoDoubts)
