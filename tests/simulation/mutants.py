@@ -350,10 +350,6 @@ async def save_onto_whatever(self: Ledger, commit: AccountCommit) -> None:
 _save_locally = Ledger._save_locally
 
 
-async def wait_for_nothing(_self: Ledger) -> None:
-    await trio.lowlevel.checkpoint()
-
-
 # --- restoring ------------------------------------------------------------------------------------
 
 
@@ -513,10 +509,6 @@ MUTANTS = {
     "disk-patched": Mutant(
         "a change is applied to whatever copy the disk has",
         made=patched(Ledger, "_save_locally", save_onto_whatever),
-    ),
-    "reopen-early": Mutant(
-        "an account is reopened while its last keys are still being stored",
-        made=patched(Ledger, "wait_written", wait_for_nothing),
     ),
     "disk-wins": Mutant(
         "this disk's copy is taken, whichever is newer",
