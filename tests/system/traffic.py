@@ -20,6 +20,12 @@ class Traffic:
     cluster: Cluster
     account_ids: tuple[str, ...]
     every_s: float
+    repeats: bool = False
+    """Whether a call without any answer is made again, with its key, as docs/guarantees.md says.
+
+    HTTP leaves that to callers: a kept-alive connection may be closed as a request is on its way.
+    """
+    repeated: int = 0
     sent: int = 0
     accepted: dict[str, str] = field(default_factory=dict)
     """Message id → text, of everything answered 200 or 202."""
@@ -63,6 +69,11 @@ class Traffic:
                     self.failed.append(f"{text}: nobody listens")
                     return None
                 await trio.sleep(0.01)
+            except httpx.RemoteProtocolError as error:
+                if not self.repeats:
+                    self.failed.append(f"{text}: {type(error).__name__} {error}")
+                    return None
+                self.repeated += 1
             except httpx.TransportError as error:
                 self.failed.append(f"{text}: {type(error).__name__} {error}")
                 return None
