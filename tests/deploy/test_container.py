@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bridge.node.install import skip_or_fail
 from tests.deploy.engine import (
     IMAGE,
     NODE_IMAGE,
@@ -44,9 +44,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine with the image built on the stand-ins."""
     lacking = missing()
     if lacking is not None:
-        if os.environ.get("CI"):
-            pytest.fail(lacking, pytrace=False)
-        pytest.skip(lacking)
+        skip_or_fail(lacking)
     with open_engine(tmp_path_factory.mktemp("engine")) as engine:
         engine.build_stand_ins()
         engine.build(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.bridge.node.install import skip_or_fail
 from tests.deploy.host import Host, boot, missing, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +27,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A host on which `make install-systemd` was run, with loopback for WhatsApp."""
     lacking = missing()
     if lacking is not None:
-        if os.environ.get("CI"):
-            pytest.fail(lacking, pytrace=False)
-        pytest.skip(lacking)
+        skip_or_fail(lacking)
     work = tmp_path_factory.mktemp("host")
     installed = work / "installed"
     # The host's own Python: that of a version manager is not to be seen from in there.
