@@ -208,12 +208,15 @@ class _BoundedStream:
     def __init__(self, stream: trio.SocketStream, send_s: float) -> None:
         self._stream = stream
         self._send_s = send_s
+        self._ended = False
         self.socket = stream.socket
 
     async def receive_some(self, max_bytes: int) -> bytes:
         return bytes(await self._stream.receive_some(max_bytes))
 
     async def send_all(self, data: bytes) -> None:
+        if self._ended:
+            raise trio.ClosedResourceError("the connection is being closed")
         for start in range(0, len(data), SEND_BYTES_MAX):
             with trio.move_on_after(self._send_s) as scope:
                 await self._stream.send_all(memoryview(data)[start : start + SEND_BYTES_MAX])
@@ -222,6 +225,9 @@ class _BoundedStream:
                 raise trio.BrokenResourceError("the caller stopped reading")
 
     async def send_eof(self) -> None:
+        # Hypercorn closes without its lock for sends: an answer may be half out in another task,
+        # and would find the stream busy with its end, which Hypercorn does not expect.
+        self._ended = True
         await self._stream.send_eof()
 
     async def aclose(self) -> None:

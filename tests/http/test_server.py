@@ -309,6 +309,27 @@ async def test_http2_caller_without_a_request_is_closed_in_time(instance: FakeIn
             await read_all(stream)
 
 
+async def test_caller_who_hangs_up_amid_an_answer_is_no_error_of_ours(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(200):
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+    post = b"POST /livez HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n"
+    async with serving(app) as (url, notes, _):
+        for _ in range(20):
+            async with await connect(url) as stream:
+                await stream.send_all(post)
+                await stream.receive_some(10)
+                await stream.send_eof()
+                with suppress(trio.BrokenResourceError):
+                    await read_all(stream)
+    assert "http.connection_failed" not in notes.names()
+    assert caplog.messages == []
+
+
 async def test_slow_reader_who_goes_on_reading_gets_everything() -> None:
     size = 3_000_000
     async with serving(answering(b"x" * size), send_s=0.5) as (url, _, _):
