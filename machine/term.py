@@ -397,6 +397,9 @@ async def open_term(
     """
     term = Term(held, ports=ports, limits=limits, timing=timing, durability=durability)
     begun = False
+    # A suspend may have eaten all of it. Told of a deadline that has passed, the guard would kill a
+    # process that ends its term by itself.
+    term.check()
     term.tell_guard()
     try:
         with term.scope:

@@ -78,6 +78,23 @@ async def test_a_term_that_ends_by_itself_is_over_before_its_kill(
         assert a.guard.releasable is not None
 
 
+async def test_a_term_that_a_suspend_has_eaten_before_it_began_is_not_told(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        a = lab.make("a")
+        a.local.hanging.add("raise_epoch")
+        lab.start(a)
+        await a.journal.wait_for("lease.acquired")
+        a.clocks.suspend(TIMING.ttl_s)
+        a.local.hanging.clear()
+        await a.journal.wait_for("lease.lost")
+        assert a.guard.told == []
+        # Its own lease has expired by then, and is taken anew.
+        await a.wait(State.ACTIVE)
+        assert a.instance.epoch == 2
+
+
 async def test_the_kill_of_a_holder_that_cannot_renew_comes_before_the_next_term(
     autojump_clock: MockClock,
 ) -> None:
