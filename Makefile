@@ -31,8 +31,8 @@ run-whatsapp: $(RUN) $(BAILEYS) ## start one instance for the real WhatsApp, to 
 demo-whatsapp: $(RUN) $(BAILEYS) ## redeploys and a crash under traffic, with the real Baileys and no phone
 	@$(BIN)/python -m tests.whatsapp.demo
 
-test: $(DEV) ## run the tests (under 5 minutes); ARGS="-k lease" for some of them
-	@$(BIN)/pytest -m "not long" $(ARGS)
+test: $(DEV) ## run the tests and 100 simulated worlds (under 5 minutes); ARGS="-k lease" for some tests
+	@deploy/dev/test.sh $(ARGS)
 
 test-long: $(DEV) ## run the longer suites that `make test` leaves out
 	@$(BIN)/pytest -m long $(ARGS)

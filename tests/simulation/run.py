@@ -118,6 +118,10 @@ def simulate_all(
 ) -> Iterator[Outcome]:
     """Run many worlds, `processes` at a time, in the order of their seeds."""
     jobs = [(seed, minutes, mutant) for seed in seeds]
+    if processes == 1:
+        # Nobody is left behind when this one is killed.
+        yield from map(_simulate_one, jobs)
+        return
     # Fresh interpreters: a test run has threads, and a fork would copy them half.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         yield from pool.imap(_simulate_one, jobs)

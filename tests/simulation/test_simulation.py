@@ -15,8 +15,8 @@ from tests.simulation.pinned import PINNED
 from tests.simulation.run import simulate, simulate_all
 from tests.simulation.table import PAGE, catch, names_in
 
-SEEDS = range(101, 131)
-"""CI's own step runs 1 to 300."""
+SEEDS = range(101, 105)
+"""`make test` runs a hundred beside these tests; CI's own step 1 to 300."""
 MINUTES = 10.0
 PROCESSES = min(4, os.cpu_count() or 1)
 QUICK = ("ambiguous-success", "impatient", "late-precondition", "release-first", "new-id-each-try")
@@ -34,7 +34,7 @@ def check_worlds(seeds: Iterable[int]) -> Counter[str]:
     return counts
 
 
-def test_thirty_worlds_keep_every_promise() -> None:
+def test_worlds_keep_every_promise() -> None:
     counts = check_worlds(SEEDS)
     # Checks that have nothing to check pass too: this much has to have happened.
     assert counts["epochs"] > 8 * len(SEEDS)
