@@ -359,7 +359,7 @@ class Session:
             await self.ledger.ensure_complete()
             await self._outbox_known.wait()
             # An ack of the connection before may still be on its way to the store. Opened without
-            # its keys, the account would go on with a session that the store is about to undo.
+            # its keys, the account would doubt that recipient's session, and begin one anew.
             await self.ledger.wait_written()
             keys = self.ledger.keys() if self.ledger.parts else None
             if keys is not None:

@@ -120,7 +120,8 @@ class FakeWhatsApp:
         self._seen: set[tuple[AccountId, str, MessageId]] = set()
         self._ratchets: dict[tuple[AccountId, str], tuple[int, int]] = {}
         self._pairing: dict[AccountId, FakeConnection] = {}
-        self._sessions = 0
+        self.sessions = 0
+        """How many sessions with recipients were ever begun."""
 
     def connector(self) -> FakeConnector:
         return FakeConnector(self)
@@ -220,8 +221,8 @@ class FakeWhatsApp:
         self._pairing[connection.account_id] = connection
 
     def new_session(self) -> int:
-        self._sessions += 1
-        return self._sessions
+        self.sessions += 1
+        return self.sessions
 
     def deliver(
         self,
