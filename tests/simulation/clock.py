@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
 
@@ -70,6 +72,16 @@ class HostClock:
 
 host_clock: ContextVar[HostClock | None] = ContextVar("host_clock", default=None)
 """The clock that the running task reads; `None` in the world itself."""
+
+
+@contextmanager
+def on_clock_of(host: HostClock) -> Iterator[None]:
+    """Let the world look into a host: what is read there may ask what time it is."""
+    before = host_clock.set(host)
+    try:
+        yield
+    finally:
+        host_clock.reset(before)
 
 
 class WorldClock(trio.abc.Clock):

@@ -56,6 +56,11 @@ class Gate:
         for task in parked:
             trio.lowlevel.reschedule(task)
 
+    def open_for_good(self) -> None:
+        """Open it, and forget what was to come before one of the steps from here on."""
+        self._at_step = None
+        self.open()
+
     def at_step(self, steps_more: int, act: Callable[[], None]) -> None:
         """Call `act` in the world right before the step that comes after `steps_more` others."""
         self._at_step = (self.steps + steps_more, act)

@@ -16,6 +16,7 @@ PINNED = {
     21: "accounts carried the new term's own epoch: another had acted under it before a backup",
     22: "a send that was under way when the term ended was called not accepted, and sent twice",
     27: "lease documents of a backup showed a lease as free whose holder was still acting",
+    37: "the world looked at a host on its own clock, which ended terms that had not ended",
     73: "a connection was opened while the ack of the one before was still being stored",
     130: "a receipt overtook an ack whose keys came to nothing, and the session was not doubted",
     163: "an older disk copy was written over a newer shared one that could not be read",

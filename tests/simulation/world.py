@@ -37,7 +37,7 @@ from tests.fakes.codec import FakeCodec
 from tests.machine.lab import FakeLegacy
 from tests.simulation.checks import Checks
 from tests.simulation.clients import Clients, Contacts
-from tests.simulation.clock import HostClock, SimulatedClocks, WorldClock
+from tests.simulation.clock import HostClock, SimulatedClocks, WorldClock, on_clock_of
 from tests.simulation.front import Front
 from tests.simulation.gate import Gate
 from tests.simulation.network import Link, Network
@@ -124,7 +124,8 @@ class Host:
         process = self.running
         if process is None or process.instance.state is not State.ACTIVE:
             return None
-        return process.instance if process.instance.desk is not None else None
+        with on_clock_of(self.clock):
+            return process.instance if process.instance.desk is not None else None
 
 
 class World:
@@ -319,7 +320,7 @@ class World:
         for host in self.hosts:
             host.link.cut += 1
         for process in self._processes:
-            process.gate.open()
+            process.gate.open_for_good()
 
     @property
     def tears(self) -> bool:
