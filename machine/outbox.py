@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import islice
 
@@ -208,11 +208,11 @@ class AccountOutbox:
         if changed is not None:
             changed.set()
 
-    async def next_pending(self) -> Message:
+    async def next_pending(self, besides: Collection[MessageId] = ()) -> Message:
         """Wait for the oldest message that is to be sent. It stays in the outbox."""
         while True:
             for message in self._pending.values():
-                if message.message_id not in self._unrecorded:
+                if message.message_id not in self._unrecorded and message.message_id not in besides:
                     return message
             self._arrived = trio.Event()
             await self._arrived.wait()

@@ -466,8 +466,9 @@ class Connection(Protocol):
         ...
 
     async def send_text(self, message_id: MessageId, to: str, text: str) -> ServerAck:
-        """Send, and wait for the server's ack.
+        """Send, and wait for the server's ack. Several may wait; they go out in their order.
 
+        Each ack brings every key that was changed when it came, those of later sends too.
         Raises `SendRefused` (final), `ConnectionClosed` (not known whether it went out).
         Cancelled: it may have gone out.
         """

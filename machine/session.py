@@ -60,6 +60,7 @@ from machine.records import (
     AccountId,
     AccountStatus,
     Message,
+    MessageId,
     MessageState,
 )
 from machine.refusals import StoreAway
@@ -75,6 +76,10 @@ FIRST_PASS_TRIES = 3
 AHEAD_MAX = 16
 """Messages of one account that are ahead of the store: marked as `sending` before their turn comes,
 or acknowledged and not recorded yet. A crash has the sessions with their recipients dropped."""
+
+ON_WIRE_MAX = 4
+"""Messages of one account that the server has not acknowledged yet: the next goes out beside its
+answer, else an account would send no faster than the answers take from there to here."""
 
 PASSING_STATUSES = frozenset(
     {AccountStatus.RESTORING, AccountStatus.CONNECTING, AccountStatus.BACKING_OFF}
@@ -157,7 +162,8 @@ class Session:
         self.first_pass = trio.Event()
         self.cause = ""
         self.advice = ""
-        self.sending = False
+        self.sending = 0
+        """How many messages are between the wire and their record."""
         self.qr: QrCode | None = None
         self._term = term
         self._ports = ports
@@ -630,38 +636,57 @@ class Session:
         hang_up: Callable[[ConnectionClosed], Awaitable[None]],
         broke: Callable[[ConnectionClosed], None],
     ) -> None:
-        """Send pending messages one after the other. The one delivery task of this account.
+        """Send pending messages in order. The one delivery task of this account.
 
-        What ends the connection ends it in good order, but where nothing can be stored any more.
+        A message's turn comes when the one before is with the connection, acknowledged or not. What
+        ends the connection ends it in good order, but where nothing can be stored any more; those
+        that are on the wire then end with it.
         """
-        while True:
-            message = await self.outbox.next_pending()
-            if self._term.settling:
-                await trio.sleep_forever()
-            self.sending = True
+        ended: list[ConnectionClosed] = []
+        places = trio.Semaphore(ON_WIRE_MAX)
+        in_flight: set[MessageId] = set()
+
+        async def deliver(message: Message, gone: trio.Event) -> None:
             try:
-                await self._deliver_one(connection, message, broke)
+                await self._deliver_one(connection, message, gone, broke)
             except ConnectionClosed as closed:
-                ended = closed
+                ended.append(closed)
             except trio.TooSlowError:
-                ended = ConnectionClosed(NO_RESPONSE, "the server did not answer a message in time")
+                late = "the server did not answer a message in time"
+                ended.append(ConnectionClosed(NO_RESPONSE, late))
             except (StoreAway, AuthUnreadable, AuthTooLarge, AccountVanished) as error:
                 broke(_closed_by(error))
-                return
-            else:
-                continue
             finally:
-                self.sending = False
+                in_flight.discard(message.message_id)
+                self.sending -= 1
                 self._sent.set()
-            await hang_up(ended)
-            return
+                places.release()
+                gone.set()
+                if ended:
+                    taking.cancel()
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as taking:
+                while True:
+                    await places.acquire()
+                    message = await self.outbox.next_pending(besides=in_flight)
+                    if self._term.settling:
+                        await trio.sleep_forever()
+                    in_flight.add(message.message_id)
+                    self.sending += 1
+                    gone = trio.Event()
+                    nursery.start_soon(deliver, message, gone)
+                    await gone.wait()
+            await hang_up(ended[0])
 
     async def _deliver_one(
         self,
         connection: Connection,
         message: Message,
+        gone: trio.Event,
         broke: Callable[[ConnectionClosed], None],
     ) -> None:
+        """Send one message, and have its ack recorded. Sets `gone` when the next may follow."""
         assert self.ledger is not None
         if message.attempts >= self._limits.send_attempts_max:
             await self._fail(message, f"gave up after {message.attempts} attempts")
@@ -682,6 +707,8 @@ class Session:
         # The last look before the effect; nothing is awaited between it and the send.
         self._term.check()
         self.outbox.try_now(message)
+        # Whoever waits for this runs when the connection has it: calls are sent in their order.
+        gone.set()
         try:
             with trio.fail_after(self._limits.ack_s):
                 ack = await connection.send_text(message.message_id, message.to, message.text)

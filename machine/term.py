@@ -311,11 +311,12 @@ class Term:
         """
         began = trio.current_time()
         self.settling = True
-        in_flight = [session for session in self.sessions.values() if session.sending]
+        in_flight = sum(session.sending for session in self.sessions.values())
         with trio.move_on_after(self._limits.settle_s):
             async with trio.open_nursery() as nursery:
-                for session in in_flight:
-                    nursery.start_soon(session.wait_sent)
+                for session in self.sessions.values():
+                    if session.sending:
+                        nursery.start_soon(session.wait_sent)
         unsettled = sum(session.sending for session in self.sessions.values())
         async with trio.open_nursery() as nursery:
             for session in self.sessions.values():
@@ -335,7 +336,7 @@ class Term:
         self._ports.journal.note(
             "drain.unsettled" if unsettled else "drain.settled",
             duration_s=round(trio.current_time() - began, 3),
-            in_flight=unsettled or len(in_flight),
+            in_flight=unsettled or in_flight,
         )
 
     # --- housekeeping

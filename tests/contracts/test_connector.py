@@ -194,6 +194,23 @@ async def test_with_the_keys_as_told_the_next_connection_is_readable(
         assert await world.evictions() == 0, "each connection was over before the next began"
 
 
+async def test_sends_that_wait_together_go_out_in_order_and_lose_no_key(
+    world: ConnectorWorld,
+) -> None:
+    with trio.fail_after(WITHIN_S):
+        async with world.connector.open_bridge() as bridge:
+            keys = await pair(bridge, world)
+            for first in (0, 5):
+                async with connected(bridge, keys) as listener, trio.open_nursery() as nursery:
+                    for number in range(first, first + 5):
+                        nursery.start_soon(listener.send, number, f"text {number}")
+                        # A task begins before the one that is started after this.
+                        await trio.lowlevel.checkpoint()
+        shown = await world.shown(TO)
+        assert [text for _, text in shown] == [f"text {number}" for number in range(10)]
+        assert await world.unreadable(TO) == 0
+
+
 async def test_a_second_login_evicts_the_first_with_440(world: ConnectorWorld) -> None:
     with trio.fail_after(WITHIN_S):
         async with world.connector.open_bridge() as bridge:

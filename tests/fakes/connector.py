@@ -352,6 +352,8 @@ class FakeConnection:
         self._drop_sessions(doubtful, all_of_them=distrust_sessions)
         self._stirred = trio.Event()
         self._ended: ConnectionClosed | None = None
+        # A lock but for its owner, which a task of the simulation cannot be.
+        self._wire = trio.Semaphore(1)
 
     def __repr__(self) -> str:
         return f"<FakeConnection {self.account_id}>"
@@ -485,22 +487,24 @@ class FakeConnection:
 
     async def send_text(self, message_id: MessageId, to: str, text: str) -> ServerAck:
         script = self._script
-        await trio.lowlevel.checkpoint()
-        await self._sleep(script.wire_delay_s)
-        if script.refuse_send:
-            raise script.refuse_send.popleft()
-        change, ratchet = self._advance(to)
-        self.world.deliver(self.account_id, to, message_id, text, ratchet)
+        async with self._wire:
+            await self._sleep(script.wire_delay_s)
+            if script.refuse_send:
+                raise script.refuse_send.popleft()
+            self.world.deliver(self.account_id, to, message_id, text, self._advance(to))
         if script.acks_lost > 0:
             script.acks_lost -= 1
             raise await self._wait_ended()
         await self._sleep(script.ack_delay_s)
         for state in script.receipts:
             self.push(MessageProgressed(message_id, state))
-        return ServerAck(change)
+        # As it is now, not as this message left it: acks may overtake each other.
+        assert self._keys is not None
+        name = _session_key(to)
+        return ServerAck(KeyChange({name: self._keys[name]}))
 
-    def _advance(self, to: str) -> tuple[KeyChange, tuple[int, int]]:
-        """Step the ratchet with `to`: the changed key, and where it stands now."""
+    def _advance(self, to: str) -> tuple[int, int]:
+        """Step the ratchet with `to`: where it stands now."""
         assert self._keys is not None, "a connection that is pairing cannot send"
         name = _session_key(to)
         session, position = 0, 0
@@ -510,7 +514,7 @@ class FakeConnection:
             session = self.world.new_session()
         ratchet = (session, position + 1)
         self._keys[name] = f"{session}:{position + 1}".encode()
-        return KeyChange({name: self._keys[name]}), ratchet
+        return ratchet
 
     async def is_on_whatsapp(self, to: str) -> bool:
         await trio.lowlevel.checkpoint()

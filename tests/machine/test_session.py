@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -35,7 +36,7 @@ from machine.refusals import (
     AccountQuarantined,
     NotAwaitingScan,
 )
-from machine.session import AHEAD_MAX
+from machine.session import AHEAD_MAX, ON_WIRE_MAX
 from machine.states import State
 from tests.fakes.connector import Script
 from tests.machine.lab import ANN, BEN, LIMITS, TIMING, Host, Lab, open_lab
@@ -519,15 +520,48 @@ async def test_an_account_added_twice_at_once_is_made_once(autojump_clock: MockC
 # --- messages
 
 
-async def test_one_delivery_at_a_time_and_in_order(autojump_clock: MockClock) -> None:
+async def test_messages_go_out_in_order_a_few_ahead_of_their_acks(
+    autojump_clock: MockClock,
+) -> None:
     async with open_world() as world:
         world.script.ack_delay_s = 0.1
         now = trio.current_time()
         messages = [await world.host.send(ANN, f"m{n}", key=f"k{n}") for n in range(10)]
         done = [await world.done(message) for message in messages]
         assert {message.state for message in done} == {MessageState.SERVER_ACK}
-        assert [one.text for one in world.lab.whatsapp.raw] == [f"m{n}" for n in range(10)]
-        assert trio.current_time() == pytest.approx(now + 1.0)
+        raw = world.lab.whatsapp.raw
+        assert [one.text for one in raw] == [f"m{n}" for n in range(10)]
+        on_wire = [sum(one.at - 0.1 < other.at <= one.at for other in raw) for one in raw]
+        assert max(on_wire) == ON_WIRE_MAX
+        assert trio.current_time() == pytest.approx(now + 0.1 * math.ceil(10 / ON_WIRE_MAX))
+
+
+async def test_a_refused_message_costs_none_of_those_on_the_wire_with_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        world.script.refuse_send.append(SendRefused(404, "no such number"))
+        world.script.ack_delay_s = 0.1
+        messages = [await world.host.send(ANN, f"m{n}") for n in range(ON_WIRE_MAX)]
+        done = [(await world.done(message)).state for message in messages]
+        assert done == [MessageState.FAILED, *[MessageState.SERVER_ACK] * (ON_WIRE_MAX - 1)]
+        assert world.lab.whatsapp.opened == 1
+
+
+async def test_a_connection_that_ends_takes_all_that_is_on_the_wire_and_each_arrives_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world() as world:
+        await world.done(await world.host.send(ANN, "makes the session"))
+        world.script.ack_delay_s = 1.0
+        messages = [await world.host.send(ANN, f"m{n}") for n in range(2 * ON_WIRE_MAX)]
+        await trio.sleep(0.5)
+        world.cut(428)
+        for message in messages:
+            assert (await world.done(message)).state is MessageState.SERVER_ACK
+        assert world.lab.whatsapp.unreadable() == []
+        texts = [one.text for one in world.lab.whatsapp.inbox()]
+        assert texts == ["makes the session", *(f"m{n}" for n in range(2 * ON_WIRE_MAX))]
 
 
 async def test_accounts_do_not_wait_for_each_other(autojump_clock: MockClock) -> None:
@@ -558,8 +592,8 @@ async def test_a_lost_ack_breaks_the_connection_and_the_same_id_goes_out_again(
         raw = world.lab.whatsapp.raw
         assert [one.message_id for one in raw] == [
             message.message_id,
-            message.message_id,
             after.message_id,
+            message.message_id,
         ]
         assert all(one.readable for one in raw)
         assert [one.text for one in world.lab.whatsapp.inbox()] == ["hello", "after"]
@@ -659,7 +693,7 @@ async def test_what_has_waited_is_marked_together_before_it_goes_out(
         await world.wait_connected(2)
         before = world.host.store.calls["commit"]
         await trio.sleep(0.5)
-        assert len(world.lab.whatsapp.raw) == 1
+        assert len(world.lab.whatsapp.raw) == ON_WIRE_MAX
         stored = {world.message(each.message_id).state for each in messages}
         assert stored == {MessageState.SENDING}
         for message in messages:

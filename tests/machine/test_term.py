@@ -12,6 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from machine.limits import Durability
 from machine.records import LeaseState, LeaseWrite, MessageId, MessageState
 from machine.refusals import NotActive, Refusal, StoreAway, TermEnded
+from machine.session import ON_WIRE_MAX
 from machine.states import State
 from machine.term import EndAsked
 from tests.fakes.shared_store import LOST_REPLY, Passage
@@ -209,17 +210,17 @@ async def test_a_settle_waits_for_what_is_in_flight_and_hands_the_rest_on(
         await lab.add_accounts(ANN)
         a = await serving(lab.start(lab.make("a")))
         lab.whatsapp.script(ANN).ack_delay_s = 2.0
-        first = await a.send(ANN, "first")
-        second = await a.send(ANN, "second")
+        *first, rest = [await a.send(ANN, f"m{n}") for n in range(ON_WIRE_MAX + 1)]
         await trio.sleep(0.5)
         a.instance.request_drain("SIGTERM")
         await a.journal.wait_for("lease.released")
         assert trio.current_time() == pytest.approx(2.0, abs=0.2)
-        assert lab.state.messages[first.message_id].state is MessageState.SERVER_ACK
-        assert lab.state.messages[second.message_id].state is MessageState.QUEUED
+        stored = [lab.state.messages[message.message_id].state for message in first]
+        assert stored == [MessageState.SERVER_ACK] * ON_WIRE_MAX
+        assert lab.state.messages[rest.message_id].state is MessageState.QUEUED
         b = await serving(lab.start(lab.make("b")))
-        await b.desk.wait_progress(second.message_id)
-        assert [one.text for one in lab.whatsapp.raw] == ["first", "second"]
+        await b.desk.wait_progress(rest.message_id)
+        assert [one.text for one in lab.whatsapp.raw] == [f"m{n}" for n in range(ON_WIRE_MAX + 1)]
 
 
 async def test_a_settle_is_bounded_and_the_next_holder_sends_it_again(

@@ -40,6 +40,8 @@ export class Connection {
 	#stanzas = new Stanzas()
 	#unacknowledged = new Unacknowledged()
 	#storing = new Set()
+	/** Settles when the message that was sent last is on the wire, or will not be. */
+	#written = Promise.resolve()
 	/** What to call for those who wait for Baileys when the connection ends. */
 	#waiting = new Set()
 	#tellTimer = null
@@ -100,7 +102,8 @@ export class Connection {
 	// --- calls ----------------------------------------------------------------------------------
 
 	/**
-	 * Send a text, and `reply` with the keys that changed when the server has acknowledged it.
+	 * Send a text, and `reply` with the keys that changed when the server has acknowledged it. The
+	 * next goes out beside the ack, and never overtakes this one.
 	 * @param {string} messageId
 	 * @param {string} to
 	 * @param {string} text
@@ -121,11 +124,15 @@ export class Connection {
 			this.#unacknowledged.giveUp(messageId, error)
 		}, deadlineMs)
 		try {
-			const sent = this.#socket.sendMessage(
-				`${to}@s.whatsapp.net`,
-				{ text, linkPreview: null },
-				{ messageId }
-			)
+			const sent = this.#written.then(() => {
+				this.#checkOpen()
+				return this.#socket.sendMessage(
+					`${to}@s.whatsapp.net`,
+					{ text, linkPreview: null },
+					{ messageId }
+				)
+			})
+			this.#written = sent.catch(() => {})
 			sent.catch(error => this.#unacknowledged.giveUp(messageId, this.#asCallFailed(error)))
 			await acknowledged
 			// Baileys writes the keys after the stanza: the ack may come in between.
