@@ -122,6 +122,9 @@ class AccountCopy:
     fault: str | None = None
     removed: bool = False
     """The account was removed: this copy is only the mark that says so, at a version of its own."""
+    newer: bool = False
+    """A newer release wrote it, and that is its fault. Whatever its version seems to be, nothing
+    of ours goes over it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +288,10 @@ class Fence:
     """The last holder gave the lease back and left nothing that only its own disk has."""
 
 
+FENCE_LASTING_FIELDS = ("epoch", "holder", "incarnation", "address", "state")
+"""`Fence`'s first fields. No format of any store changes what they mean, so that an instance of an
+earlier release still knows when it is over, and where to forward to."""
+
 FENCE_HISTORY_MAX = 20
 
 TTL_S_MAX = 86_400.0
@@ -328,6 +335,15 @@ class LeaseWrite:
     fence: Fence | None = None
     lease_stamp: Stamp | None = None
     fence_stamp: Stamp | None = None
+
+    @property
+    def takes_lease(self) -> bool:
+        """Whether a new term begins with it."""
+        return (
+            self.lease is not None
+            and self.fence is not None
+            and self.lease.state is self.fence.state is LeaseState.HELD
+        )
 
 
 @dataclass(frozen=True, slots=True)

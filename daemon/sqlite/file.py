@@ -44,7 +44,13 @@ class Schema:
     tables: str
     page_bytes: int = 4096
     upgrades: Mapping[int, str] = field(default_factory=dict)
-    """For each older version, what makes the next one of it."""
+    """For each older version that is still read, what makes the next one of it."""
+    views: Mapping[int, str] = field(default_factory=dict)
+    """For each of them, temporary views and tables that show it as this version."""
+
+    def __post_init__(self) -> None:
+        assert self.upgrades.keys() == set(range(self.version - len(self.upgrades), self.version))
+        assert self.views.keys() <= self.upgrades.keys()
 
 
 class FileBroken(Exception):
@@ -93,6 +99,7 @@ def check_file(path: Path, schema: Schema) -> None:
     """Look at the first bytes, without opening a database, so that nothing is changed by it.
 
     Raises `FileBroken` (not a database, or cut), `StoreMisconfigured` (a newer or another kind).
+    What is in the log beside it is not looked at: `show_as_newest` looks again in each transaction.
     """
     try:
         with path.open("rb") as file:
@@ -113,40 +120,75 @@ def check_file(path: Path, schema: Schema) -> None:
             f"{path} belongs to another program. Move it away, or set another directory."
         )
     if version > schema.version:
-        raise StoreMisconfigured(
-            f"{path} was written by a newer watchkeeper (format {version}, this one knows "
-            f"{schema.version}). Run that version, or use another directory."
-        )
+        raise newer_file(path, version, schema)
     wal = path.with_name(f"{path.name}-wal")
     unfinished = wal.exists() and wal.stat().st_size > 0
     if not unfinished and size < pages * page_bytes:
         raise FileBroken(f"{path} is cut: {size} bytes of {pages * page_bytes}")
 
 
-def upgrade_file(path: Path, schema: Schema) -> None:
-    """Bring an older file up to this version, in one transaction. Raises as the stores do."""
-    try:
-        with contextlib.closing(open_connection(path)) as connection:
-            if _version_of(connection) == schema.version:
-                return
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                # Looked at again: another process may have done it meanwhile.
-                for version in range(_version_of(connection), schema.version):
-                    for statement in schema.upgrades[version].split(";"):
-                        connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {schema.version}")
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-    except sqlite3.Error as error:
-        raise translated(error, path) from error
+def newer_file(path: Path, version: int, schema: Schema) -> StoreMisconfigured:
+    """What is said of a file that only a newer release reads."""
+    return StoreMisconfigured(
+        f"{path} was written by a newer watchkeeper (format {version}, this one knows "
+        f"{schema.version}). Nothing in it was changed. Run that release, or a later one; going "
+        "back is in docs/upgrades.md."
+    )
 
 
-def _version_of(connection: sqlite3.Connection) -> int:
+def refuse_newer(connection: sqlite3.Connection, path: Path, schema: Schema) -> int:
+    """Which version the file is of, as this transaction sees it. Raises `StoreMisconfigured`."""
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > schema.version:
+        raise newer_file(path, version, schema)
     return version
+
+
+def show_as_newest(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
+    """Let what is read in this transaction see an older file as one of this version.
+
+    The file stays as it is; the transaction must be rolled back at its end, and the views with it.
+    Raises `StoreMisconfigured` for a newer file: another process may have upgraded it meanwhile.
+    """
+    version = refuse_newer(connection, path, schema)
+    if version < schema.version:
+        for statement in _views_of(path, version, schema).split(";"):
+            connection.execute(statement)
+
+
+def _views_of(path: Path, version: int, schema: Schema) -> str:
+    views = schema.views.get(version)
+    if views is None:
+        raise StoreMisconfigured(
+            f"{path} is of format {version}, and this watchkeeper reads {schema.version} and what "
+            "it says in docs/upgrades.md. Run an earlier release first. Nothing was changed."
+        )
+    return views
+
+
+def check_newest(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
+    """Refuse to write to a file of another version. Raises `StoreMisconfigured`."""
+    version = refuse_newer(connection, path, schema)
+    if version < schema.version:
+        raise StoreMisconfigured(
+            f"{path} is still of format {version}: the instance that takes the lease makes "
+            f"{schema.version} of it. Start one of this release, and end those of the earlier one."
+        )
+
+
+def upgrade(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:
+    """Bring an older file up to this version, as part of the transaction that has begun.
+
+    Raises `StoreMisconfigured`, `sqlite3.Error`; the caller then rolls back.
+    """
+    version = refuse_newer(connection, path, schema)
+    if version == schema.version:
+        return
+    _views_of(path, version, schema)
+    for step in range(version, schema.version):
+        for statement in schema.upgrades[step].split(";"):
+            connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {schema.version}")
 
 
 def open_connection(

@@ -13,6 +13,7 @@ import msgspec
 from machine.ports import LeaseMissing, LeaseRefused, StoreMisconfigured
 from machine.records import (
     COUNT_MAX,
+    FENCE_LASTING_FIELDS,
     Fence,
     FenceChange,
     Heartbeat,
@@ -138,6 +139,20 @@ def read_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
     return fence, Stamp(stamp)
 
 
+def read_lasting_fence(connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
+    """What every format says of the fence: enough to forward by. Raises `StoreMisconfigured`."""
+    row = connection.execute(
+        f"SELECT {', '.join(FENCE_LASTING_FIELDS)}, stamp FROM fence"  # noqa: S608  # our names
+    ).fetchone()
+    if row is None:
+        return None
+    epoch, holder, incarnation, address, state, stamp = row
+    try:
+        return Fence(epoch, holder, incarnation, address, LeaseState(state)), Stamp(stamp)
+    except ValueError as error:
+        raise StoreMisconfigured(f"the fence cannot be read: {error}") from error
+
+
 def write(connection: sqlite3.Connection, boot: Boot, write: LeaseWrite) -> LeaseStamps:
     """Write what `write` names, under its preconditions. Raises `LeaseMissing`, `LeaseRefused`."""
     _check(connection, "lease", write.lease is not None, write.lease_stamp)
@@ -150,10 +165,20 @@ def write(connection: sqlite3.Connection, boot: Boot, write: LeaseWrite) -> Leas
     return LeaseStamps(lease_stamp, fence_stamp)
 
 
-def initialise(connection: sqlite3.Connection, boot: Boot, epoch: int) -> bool:
-    """Create both, or find both. Raises `LeaseMissing` where there is only one."""
+def is_any_there(connection: sqlite3.Connection) -> bool:
+    """Whether there is a lease, or a fence, or both."""
+    return any(_counts(connection))
+
+
+def _counts(connection: sqlite3.Connection) -> tuple[int, int]:
     leases = connection.execute("SELECT count(*) FROM lease").fetchone()[0]
     fences = connection.execute("SELECT count(*) FROM fence").fetchone()[0]
+    return leases, fences
+
+
+def initialise(connection: sqlite3.Connection, boot: Boot, epoch: int) -> bool:
+    """Create both, or find both. Raises `LeaseMissing` where there is only one."""
+    leases, fences = _counts(connection)
     if leases != fences:
         raise LeaseMissing(
             "one of lease and fence is missing: put back a backup of the shared directory"

@@ -3,6 +3,9 @@
 Every process of the host opens the same file. The lease's age is CLOCK_BOOTTIME's, which they
 share; a lease written before the last boot is infinitely old, for its holder cannot live. For the
 same reason the file must never be shared between hosts: each would think the other dead.
+
+A file of an earlier release is read as it is, for the holder may be of that release; it is upgraded
+in the transaction that takes the lease (docs/upgrades.md).
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ from daemon.sqlite.file import (
     FileBroken,
     Schema,
     check_file,
+    check_newest,
     create_file,
     open_connection,
-    upgrade_file,
+    refuse_newer,
+    show_as_newest,
+    upgrade,
 )
 from daemon.sqlite.worker import Turnstile, Worker
 from machine.ports import StaleWrite, StoreMisconfigured
@@ -62,6 +68,15 @@ ALTER TABLE fence ADD COLUMN settled INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE accounts ADD COLUMN banned_until REAL;
 ALTER TABLE accounts ADD COLUMN sessions_doubtful INTEGER NOT NULL DEFAULT 0;
 {inbox_rows.TABLES}
+"""
+    },
+    views={
+        1: """
+CREATE TEMP VIEW fence AS SELECT *, 0 AS settled FROM main.fence;
+CREATE TEMP VIEW accounts AS SELECT *, NULL AS banned_until, 0 AS sessions_doubtful
+    FROM main.accounts;
+CREATE TEMP TABLE inbox (account_id, chat, message_id, epoch, revision, number, sender,
+    sender_name, text, sent_at, received_at)
 """
     },
 )
@@ -122,7 +137,6 @@ def _prepare(path: Path) -> None:
             f"{broken}. Stop every instance, then put back a backup of it, or move it away to "
             "begin with an empty store."
         ) from broken
-    upgrade_file(path, SCHEMA)
 
 
 class SqliteSharedStore:
@@ -138,9 +152,19 @@ class SqliteSharedStore:
         turnstile = Turnstile()
         connect = partial(open_connection, path)
         connect_lease = partial(open_connection, path, checkpoint_pages=LEASE_CHECKPOINT_PAGES)
-        self._lease = Worker(path, connect_lease, turnstile, name="shared-lease", urgent=True)
-        self._reads = Worker(path, connect, turnstile, name="shared-reads")
-        self._writes = Worker(path, connect, turnstile, name="shared-writes")
+        show = partial(show_as_newest, path=path, schema=SCHEMA)
+        check = partial(check_newest, path=path, schema=SCHEMA)
+        self._lease = Worker(
+            path,
+            connect_lease,
+            turnstile,
+            name="shared-lease",
+            urgent=True,
+            read_begun=show,
+            write_begun=partial(refuse_newer, path=path, schema=SCHEMA),
+        )
+        self._reads = Worker(path, connect, turnstile, name="shared-reads", read_begun=show)
+        self._writes = Worker(path, connect, turnstile, name="shared-writes", write_begun=check)
 
     @property
     def transactions(self) -> int:
@@ -161,10 +185,22 @@ class SqliteSharedStore:
         return await self._lease.read(lambda db: lease_rows.read_heartbeat(db, self._boot))
 
     async def write(self, write: LeaseWrite) -> LeaseStamps:
-        return await self._lease.write(lambda db: lease_rows.write(db, self._boot, write))
+        def put(db: sqlite3.Connection) -> LeaseStamps:
+            if write.takes_lease:
+                # Nobody else acts from here on: what the one before could not read may come.
+                upgrade(db, self._path, SCHEMA)
+            check_newest(db, self._path, SCHEMA)
+            return lease_rows.write(db, self._boot, write)
+
+        return await self._lease.write(put)
 
     async def initialise(self, *, epoch: int = 0) -> bool:
-        return await self._lease.write(lambda db: lease_rows.initialise(db, self._boot, epoch))
+        def put(db: sqlite3.Connection) -> bool:
+            if not lease_rows.is_any_there(db):
+                upgrade(db, self._path, SCHEMA)
+            return lease_rows.initialise(db, self._boot, epoch)
+
+        return await self._lease.write(put)
 
     def watch_fence(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Fence]]:
         return self._watch_fence()
@@ -297,12 +333,23 @@ class _FenceWatcher:
             version = connection.execute("PRAGMA data_version").fetchone()[0]
             if version != seen:
                 seen = version
-                found = lease_rows.read_fence(connection)
+                found = self._read_fence(connection)
                 if found is not None and found[1] != last:
                     self._trio.run_sync_soon(self._offer, found[0])
                     last = found[1]
             self._stopped.wait(WATCH_EVERY_S)
         return last
+
+    def _read_fence(self, connection: sqlite3.Connection) -> tuple[Fence, Stamp] | None:
+        connection.execute("BEGIN")
+        try:
+            show_as_newest(connection, self._path, SCHEMA)
+            return lease_rows.read_fence(connection)
+        except StoreMisconfigured:
+            # Of a newer release, as a rule: whom to forward to can be made out all the same.
+            return lease_rows.read_lasting_fence(connection)
+        finally:
+            connection.execute("ROLLBACK")
 
     def _offer(self, fence: Fence) -> None:
         """Leave `fence` as the only one to read."""

@@ -19,10 +19,15 @@ from typing import Generic, TypeVar
 import trio
 
 from daemon.sqlite.file import garbled_is_corrupt, translated
-from machine.ports import StoreUnavailable
+from machine.ports import StoreMisconfigured, StoreUnavailable
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
+Begun = Callable[[sqlite3.Connection], object]
+
+
+def _nothing_to_see(_connection: sqlite3.Connection) -> None: ...
+
 
 GROUP_MAX = 128
 """Writes in one transaction, so that one never takes long and renewals get their turn."""
@@ -30,6 +35,10 @@ WAITING_MAX = 20_000
 """Jobs that wait for one worker; then `StoreUnavailable`."""
 CLOSE_S = 2.0
 """How long a closing worker is waited for; a disk that hangs keeps its thread, not us."""
+
+
+def _told(error: sqlite3.Error | StoreMisconfigured, path: Path) -> StoreUnavailable:
+    return error if isinstance(error, StoreMisconfigured) else translated(error, path)
 
 
 class Turnstile:
@@ -113,6 +122,8 @@ class Worker:
 
     Writes that wait together share one transaction, each in a savepoint: one fsync for all, and
     one that is refused takes nothing of the others with it.
+    `read_begun` and `write_begun` see each transaction first, and may refuse it with
+    `StoreMisconfigured`.
     """
 
     def __init__(
@@ -123,11 +134,15 @@ class Worker:
         *,
         name: str,
         urgent: bool = False,
+        read_begun: Begun = _nothing_to_see,
+        write_begun: Begun = _nothing_to_see,
     ) -> None:
         self._path = path
         self._connect = connect
         self._turnstile = turnstile
         self._urgent = urgent
+        self._read_begun = read_begun
+        self._write_begun = write_begun
         self._connection: sqlite3.Connection | None = None
         self._jobs: deque[_Job[object]] = deque()
         self._changed = threading.Condition()
@@ -179,10 +194,10 @@ class Worker:
                     self._write(group)
                 else:
                     self._read(group[0])
-            except sqlite3.Error as error:
+            except (sqlite3.Error, StoreMisconfigured) as error:
                 # What was to be written together is gone together.
                 for job in group:
-                    job.error = translated(error, self._path)
+                    job.error = _told(error, self._path)
                 self._discard()
             for job in group:
                 job.settle()
@@ -213,6 +228,7 @@ class Worker:
         connection = self._open()
         with self._turnstile.enter(urgent=self._urgent):
             connection.execute("BEGIN IMMEDIATE")
+            self._write_begun(connection)
             for job in group:
                 connection.execute("SAVEPOINT job")
                 job.run(connection, self._path)
@@ -225,6 +241,7 @@ class Worker:
     def _read(self, job: _Job[object]) -> None:
         connection = self._open()
         connection.execute("BEGIN")
+        self._read_begun(connection)
         job.run(connection, self._path)
         # Not COMMIT: over a damaged page that fails, even after everything else was read.
         connection.execute("ROLLBACK")

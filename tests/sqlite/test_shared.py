@@ -74,6 +74,15 @@ async def test_a_file_of_the_first_format_keeps_its_accounts_and_receives(tmp_pa
         assert copy is not None
         assert copy.parts == {MAIN_PART: MAIN}
         assert (copy.account.banned_until, copy.account.sessions_doubtful) == (None, False)
+        # Its holder may still act: nothing is changed before another takes the lease.
+        assert (await store.list_accounts()).copies[0].account == copy.account
+        assert await store.list_inbox(ANNA, after=None, count_max=9) == []
+        with pytest.raises(StoreMisconfigured, match="still of format 1"):
+            await store.commit(a_commit(grant, stamp))
+        assert not await store.initialise()
+        assert execute(path, "PRAGMA user_version") == [(1,)]
+        grant = await acquire(store)
+        assert execute(path, "PRAGMA user_version") == [(SCHEMA.version,)]
         await store.commit(a_commit(grant, stamp, inbound=[an_inbound("m1")]))
         assert len(await store.list_inbox(ANNA, after=None, count_max=9)) == 1
 
