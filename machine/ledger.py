@@ -682,6 +682,8 @@ class Ledger:
                 epoch_seen=head.version.epoch,
             )
             self._term.check()
+        if head.newer:
+            raise self._unreadable(head)
         # A version that the restore found broken there, and pushes: its keys may be all that is.
         broken = self._push and self.version == head.version
         if self.version > head.version or broken:
@@ -689,14 +691,17 @@ class Ledger:
             self.stamp = head.stamp
             return
         if head.fault is not None:
-            # Without its stamp: the next commit, too, must look first and not write over it.
-            raise AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
+            raise self._unreadable(head)
         self.stamp = head.stamp
         if head.version != self.version:
             self._ports.journal.note("account.refused_seal", account_id=self.account_id)
         self.account = replace(head.account, **self._noted)
         self.version, self.parts = head.version, dict(head.parts)
         self.complete, self._push = True, False
+
+    def _unreadable(self, head: AccountCopy) -> AccountVanished:
+        # Our stamp stays: the next commit, too, must look first and not write over it.
+        return AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
 
     async def _replace(self, head: AccountCopy) -> None:
         """Have the next commit write ours whole: the shared store has an older copy, or a broken.

@@ -52,6 +52,14 @@ TURN = 100
 """Accounts handled in one go: 10,000 of them held every renewal and caller up for 2 s."""
 LATE_GATHER_S = 0.2
 
+ADVICE_UNREADABLE = (
+    "nothing was changed; give the encryption key it was written with, or restore this account "
+    "from a backup, then reconnect it"
+)
+ADVICE_NEWER = (
+    "nothing was changed; start an instance of the release that wrote it, or of a later one"
+)
+
 SHARED = "the shared store"
 DISK = "this disk"
 OUTBOX = "the outbox"
@@ -87,14 +95,18 @@ def fault_of(copy: AccountCopy, codec: AuthCodec) -> str | None:
 def reconcile(shared: AccountCopy | None, local: AccountCopy | None) -> Choice:
     """Choose between the copies of one account; at least one must be given.
 
-    The highest `(epoch, revision)` wins. An unreadable copy never loses to an older one: the
-    account is quarantined, because going on from older keys would destroy what is newer.
+    The highest `(epoch, revision)` wins. An unreadable copy never loses to an older one, nor one of
+    a newer release to any: the account is quarantined, because going on from older keys would
+    destroy what is newer.
     """
     if local is None:
         assert shared is not None
         return _take(shared, Source.SHARED)
     if shared is None:
         return replace(_take(local, Source.DISK), push=local.fault is None)
+    if shared.newer:
+        # Where its version is may have changed as well: it says nothing about which is newer.
+        return _take(shared, Source.SHARED)
     if shared.version == local.version:
         if local.fault is None and not shared.removed:
             # Same version, same bytes: the ones that are here need not be fetched. The stamp is
@@ -417,10 +429,7 @@ class Restore:
 
     def _quarantine(self, choice: Choice) -> None:
         assert choice.fault is not None
-        advice = (
-            "nothing was changed; give the encryption key it was written with, or restore this "
-            "account from a backup, then reconnect it"
-        )
+        advice = ADVICE_NEWER if choice.copy.newer else ADVICE_UNREADABLE
         account = replace(
             choice.copy.account, status=AccountStatus.QUARANTINED, last_error=choice.fault
         )

@@ -158,6 +158,28 @@ _PLAIN = frozenset(
 )
 
 
+class NewerFormat(MalformedDocument):
+    """A newer release wrote the document. The message says which formats, and what to do."""
+
+
+def check_format(fields: Fields, known: int, *, absent: int | None = None) -> None:
+    """Refuse a document whose format is above `known`. Raises `MalformedDocument`.
+
+    `absent` is the format of documents that do not say one; `None` where each has always said it.
+    """
+    unsaid = absent is not None and fields.raw("format") is None
+    written = absent if unsaid else fields.integer("format")
+    assert written is not None
+    if written > known:
+        raise NewerFormat(
+            f"format {written} is newer than this release reads ({known}). Nothing in it was "
+            "changed. Start an instance of the release that wrote it, or of a later one "
+            "(docs/upgrades.md)"
+        )
+    if written < 1:
+        raise MalformedDocument(f"there is no format {written}")
+
+
 class Fields:
     """The fields of one document, each decoded when it is read, with its expected kind.
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from daemon.firestore.client import FirestoreClient
 from daemon.firestore.documents import (
@@ -30,6 +31,8 @@ from daemon.firestore.documents import (
     FieldValue,
     MalformedDocument,
     Moment,
+    NewerFormat,
+    check_format,
     check_group,
     delete_write,
     document_id,
@@ -59,7 +62,11 @@ from machine.records import (
 )
 
 FORMAT = 1
-"""Written into each document. A higher one than ours is not read: a newer version wrote it."""
+"""Written into each document. One of a higher format is not read, and not written over.
+
+A change that an earlier release may ignore is a field more and no new format. One that it must not
+ignore takes two releases: the first reads the new format, the second writes it (docs/upgrades.md).
+"""
 
 REMOVED = "~removed"
 
@@ -179,7 +186,7 @@ def read_account(document: Proto) -> AccountCopy:
     removed = document.name.endswith(REMOVED)
     account_id = AccountId(text_of(document.name.removesuffix(REMOVED)))
     try:
-        _check_format(fields)
+        check_format(fields, FORMAT)
         account = Account(
             account_id=account_id,
             name=fields.text("name"),
@@ -200,7 +207,8 @@ def read_account(document: Proto) -> AccountCopy:
         packed = fields.blob_or_none("packed")
         others = fields.keys_or_none("parts")
     except MalformedDocument as error:
-        return _faulty_copy(account_id, fields, document, str(error))
+        copy = _faulty_copy(account_id, fields, document, str(error))
+        return replace(copy, newer=isinstance(error, NewerFormat))
     return AccountCopy(
         account=account,
         version=version,
@@ -216,6 +224,15 @@ def commit_id_of(document: Proto) -> str:
     """Which commit wrote an account document last; empty when it does not say."""
     commit_id: str = document.fields["commitId"].string_value if document.fields else ""
     return commit_id
+
+
+def is_newer(document: Proto) -> bool:
+    """Whether a newer release wrote the document. It needs its `format` only."""
+    try:
+        check_format(Fields(document), FORMAT)
+    except MalformedDocument as error:
+        return isinstance(error, NewerFormat)
+    return False
 
 
 def other_parts(document: Proto) -> set[PartName]:
@@ -260,7 +277,7 @@ def message_write(layout: Layout, message: Message, *, new: bool) -> Proto:
 def read_message(document: Proto) -> Message:
     """Read a message document. Raises `MalformedDocument`."""
     fields = Fields(document)
-    _check_format(fields)
+    check_format(fields, FORMAT)
     return Message(
         message_id=MessageId(text_of(document.name)),
         account_id=AccountId(fields.text("accountId")),
@@ -309,7 +326,7 @@ def inbound_write(layout: Layout, message: InboundMessage, place: InboxPlace) ->
 def read_inbound(document: Proto) -> InboxEntry:
     """Read a received message. Raises `MalformedDocument`."""
     fields = Fields(document)
-    _check_format(fields)
+    check_format(fields, FORMAT)
     place = _PLACE.fullmatch(fields.text("place"))
     if place is None:
         raise MalformedDocument("field 'place' is not ours")
@@ -359,12 +376,6 @@ def _faulty_copy(account_id: AccountId, fields: Fields, document: Proto, fault: 
         commit_id=commit_id if isinstance(commit_id, str) else "",
         fault=fault,
     )
-
-
-def _check_format(fields: Fields) -> None:
-    written = fields.integer("format")
-    if written > FORMAT:
-        raise MalformedDocument(f"format {written} is newer than this version reads ({FORMAT})")
 
 
 def _status(text: str) -> AccountStatus:

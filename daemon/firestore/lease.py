@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 
 import grpc
 import trio
@@ -21,6 +22,8 @@ from daemon.firestore.documents import (
     FieldValue,
     MalformedDocument,
     Moment,
+    NewerFormat,
+    check_format,
     check_group,
     seconds_between,
     stamp_from,
@@ -50,6 +53,13 @@ from machine.records import (
 )
 
 COLLECTION = "watchkeeper"
+
+FORMAT = 1
+"""Of lease and fence. The first release did not write it, and does not look at it.
+
+So a format 2 must also lack a field that format 1 has, `nonce` or `changedBy` for example, or the
+first release would take part without knowing.
+"""
 
 LISTEN_PAUSE_MIN_S = 0.5
 LISTEN_PAUSE_MAX_S = 30.0
@@ -232,9 +242,9 @@ class FirestoreLeaseStore(LeaseStore):
                 self._client.operations.listens += 1
                 self._client.operations.reads += 1
                 try:
-                    newest.put(_read_fence(message.document_change.document))
+                    newest.put(_watched_fence(message.document_change.document))
                 except MalformedDocument as error:
-                    self._note_trouble(f"the fence is not of our format: {error}")
+                    self._note_trouble(f"the fence cannot be read: {error}")
             case "target_change":
                 change = message.target_change
                 kinds = type(change)
@@ -289,10 +299,11 @@ def _told_as_format() -> Iterator[None]:
     """Tell a document that cannot be read as what it is for an operator."""
     try:
         yield
+    except NewerFormat as error:
+        raise StoreMisconfigured(f"the lease in {COLLECTION}/ cannot be read: {error}") from error
     except MalformedDocument as error:
         raise StoreMisconfigured(
-            f"the lease in {COLLECTION}/ is not of our format: {error}; another program or a "
-            "newer version writes it"
+            f"the lease in {COLLECTION}/ is not of our format: {error}; another program writes it"
         ) from error
 
 
@@ -310,6 +321,7 @@ def _missing_sentence(names: list[DocumentName]) -> str:
 
 def _lease_values(lease: Lease) -> dict[str, FieldValue]:
     return {
+        "format": FORMAT,
         "holder": lease.holder,
         "incarnation": lease.incarnation,
         "epoch": lease.epoch,
@@ -321,6 +333,7 @@ def _lease_values(lease: Lease) -> dict[str, FieldValue]:
 
 def _read_lease(document: Proto) -> Lease:
     fields = Fields(document)
+    check_format(fields, FORMAT, absent=1)
     lease = Lease(
         holder=fields.text("holder"),
         incarnation=fields.text("incarnation"),
@@ -342,6 +355,7 @@ def _heartbeat(document: Proto, read_time: Proto) -> Heartbeat:
 def _fence_values(fence: Fence) -> dict[str, FieldValue]:
     history = fence.history[-FENCE_HISTORY_MAX:]
     return {
+        "format": FORMAT,
         "epoch": fence.epoch,
         "holder": fence.holder,
         "incarnation": fence.incarnation,
@@ -366,16 +380,32 @@ def _fence_values(fence: Fence) -> dict[str, FieldValue]:
     }
 
 
-def _read_fence(document: Proto) -> Fence:
-    fields = Fields(document)
-    if not 0 <= fields.integer("epoch") <= COUNT_MAX:
-        raise MalformedDocument("the fence's 'epoch' is none that was ever counted to")
+def _watched_fence(document: Proto) -> Fence:
+    """The fence for whom it only tells the news: of a newer format, what every format says."""
+    try:
+        return _read_fence(document)
+    except NewerFormat:
+        return _read_lasting(Fields(document))
+
+
+def _read_lasting(fields: Fields) -> Fence:
+    """`FENCE_LASTING_FIELDS`."""
     return Fence(
         epoch=fields.integer("epoch"),
         holder=fields.text("holder"),
         incarnation=fields.text("incarnation"),
         address=fields.text("address"),
         state=_state(fields.text("state")),
+    )
+
+
+def _read_fence(document: Proto) -> Fence:
+    fields = Fields(document)
+    check_format(fields, FORMAT, absent=1)
+    if not 0 <= fields.integer("epoch") <= COUNT_MAX:
+        raise MalformedDocument("the fence's 'epoch' is none that was ever counted to")
+    return replace(
+        _read_lasting(fields),
         handoff_to=fields.text_or_none("handoffTo"),
         paused=fields.flag("paused"),
         step_down_of=fields.integer_or_none("stepDownOf"),

@@ -16,7 +16,7 @@ from daemon.firestore.documents import (
 )
 from daemon.firestore.errors import Refused
 from daemon.firestore.fencing import FencedWriter
-from daemon.firestore.layout import OUTBOX, Layout, read_message
+from daemon.firestore.layout import OUTBOX, Layout, is_newer, read_message
 from daemon.firestore.protos import Proto, RunQueryRequest, Value
 from machine.ports import OutboxStore, StoreMisconfigured, StoreUnavailable
 from machine.records import PENDING_STATES, Grant, Message, MessageId
@@ -90,7 +90,8 @@ class FirestoreOutboxStore(OutboxStore):
             settled = [
                 document
                 for document in page
-                if document.fields["state"].string_value not in pending
+                # What a newer release calls its states is for that one to say.
+                if document.fields["state"].string_value not in pending and not is_newer(document)
             ][: count_max - purged]
             if settled:
                 writes = [delete_write(document.name) for document in settled]
@@ -114,7 +115,7 @@ class FirestoreOutboxStore(OutboxStore):
         """One page of messages older than `before`, oldest first, after `last`."""
         request = self._query()
         query = request.structured_query
-        for path in ("updatedAt", "state"):
+        for path in ("updatedAt", "state", "format"):
             query.select.fields.add(field_path=path)
         where = query.where.field_filter
         where.field.field_path = "updatedAt"

@@ -136,6 +136,7 @@ def test_a_document_of_the_wrong_shape_is_a_fault_and_no_error(
     assert copy.fault is not None
     assert fault in copy.fault
     assert copy.account.status is AccountStatus.QUARANTINED
+    assert copy.newer is (value == 2)
     if field not in {"packed", "epoch", "revision"}:
         assert (copy.version, copy.parts) == (Version(2, 3), {MAIN_PART: b"m"})
 
