@@ -15,6 +15,11 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 VERSION = 1
 
+OTHER_RELEASE = (
+    "the bridge's files are of another release: run `watchkeeper setup-whatsapp`, then restart "
+    "this instance"
+)
+
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 """A line without its line break. A longer one is never sent; met, it ends the line."""
 
@@ -338,7 +343,7 @@ def decode(line: bytes) -> Frame:
 def _decode(line: bytes) -> Frame:
     head = _head.decode(line)
     if head.v != VERSION:
-        raise FrameInvalid(f"it is of version {head.v:.20g}, ours is {VERSION}")
+        raise FrameInvalid(f"it is of version {head.v:.20g}, ours is {VERSION}: {OTHER_RELEASE}")
     words = sum(word is not UNSET for word in (head.reply, head.event, head.ask))
     if words != 1:
         raise FrameInvalid(f"it has {words} of the words reply, event and ask, not one")

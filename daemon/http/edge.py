@@ -37,10 +37,15 @@ MESSAGE_ID = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 
 FORWARDED_BY = b"x-watchkeeper-forwarded-by"
 FORWARDED_TO = b"x-watchkeeper-forwarded-to"
+FORWARDED_FORMAT = b"x-watchkeeper-forwarded-format"
 MESSAGE_ID_HEADER = b"x-watchkeeper-message-id"
 SERVED_BY = b"x-watchkeeper-served-by"
 INSTANCE = b"x-watchkeeper-instance"
 STATE = b"x-watchkeeper-state"
+
+FORMAT = 1
+"""Of what instances tell each other in these headers. What an earlier release may overlook is a
+header more and no new format; absent, it is 1."""
 
 HOLDER_PATHS = frozenset({"/api/admin/step-down", "/api/admin/import"})
 HOLDER_PREFIX = "/api/whatsapp/"
@@ -67,6 +72,7 @@ class Inbound:
     body: bytes = b""
     forwarded_by: str | None = None
     forwarded_to: str | None = None
+    forwarded_format: int = FORMAT
     message_id: MessageId | None = None
     not_active: bool = False
     """Set by the routes: this instance's term has ended, and the answer is not one to give."""
@@ -303,12 +309,14 @@ def _read_internal_headers(inbound: Inbound) -> None:
     said = {
         name: value
         for name, value in inbound.headers
-        if name in {FORWARDED_BY, FORWARDED_TO, MESSAGE_ID_HEADER}
+        if name in {FORWARDED_BY, FORWARDED_TO, FORWARDED_FORMAT, MESSAGE_ID_HEADER}
     }
     if FORWARDED_BY not in said:
         return
     inbound.forwarded_by = said[FORWARDED_BY].decode("latin-1")[:100]
     inbound.forwarded_to = said.get(FORWARDED_TO, b"").decode("latin-1")[:100]
+    written = said.get(FORWARDED_FORMAT, b"1")
+    inbound.forwarded_format = int(written[:9]) if written.isdigit() else FORMAT + 1
     message_id = said.get(MESSAGE_ID_HEADER, b"")
     if MESSAGE_ID.fullmatch(message_id):
         inbound.message_id = MessageId(message_id.decode())

@@ -15,7 +15,16 @@ from typing import Any, Protocol
 import trio
 
 from daemon.http.closing import Closing
-from daemon.http.edge import SEND_PATH, Answer, AsgiApp, Header, Inbound, inner_scope, replay
+from daemon.http.edge import (
+    FORMAT,
+    SEND_PATH,
+    Answer,
+    AsgiApp,
+    Header,
+    Inbound,
+    inner_scope,
+    replay,
+)
 from daemon.http.errors import ApiError, ErrorCode
 from daemon.http.links import (
     NOT_STARTED,
@@ -92,6 +101,13 @@ class Relay:
     async def _answer_forwarded(self, inbound: Inbound) -> Answer:
         mine = inbound.forwarded_to in {None, "", self._instance.identity.incarnation}
         outcome: Answer | Outcome = NOT_STARTED
+        if inbound.forwarded_format > FORMAT:
+            # It may ask for something else than it seems to.
+            raise ApiError(
+                ErrorCode.NOT_ACTIVE,
+                f"This request was forwarded in format {inbound.forwarded_format}, and this "
+                f"instance reads {FORMAT}: it is of an earlier release. Upgrade it.",
+            )
         # Another instance, or another group, may by now listen where the holder did: then the
         # name of the incarnation does not fit, and nothing is done in its place.
         if mine and self._instance.desk is not None:

@@ -19,7 +19,9 @@ import msgspec
 import trio
 
 from daemon.http.edge import (
+    FORMAT,
     FORWARDED_BY,
+    FORWARDED_FORMAT,
     FORWARDED_TO,
     HOLDER_PREFIX,
     INSTANCE,
@@ -245,6 +247,7 @@ class HolderLink:
         headers.append((b"accept-encoding", b"identity"))
         headers.append((b"x-request-id", inbound.request_id.encode()))
         headers.append((FORWARDED_BY, self._instance.identity.name.encode("latin-1", "replace")))
+        headers.append((FORWARDED_FORMAT, str(FORMAT).encode()))
         headers.append((FORWARDED_TO, holder.incarnation.encode("latin-1", "replace")))
         if inbound.message_id is not None:
             headers.append((MESSAGE_ID_HEADER, inbound.message_id.encode()))

@@ -163,8 +163,16 @@ class ImportRequest(_Shape):
 class Hello(_Shape):
     """What a standby tells the holder of itself."""
 
-    model_config = _example(
-        id="b", incarnation="5f0c9a", state="PASSIVE", address="http://10.0.0.8:8080", version="1.0"
+    model_config = ConfigDict(
+        # A standby of a later release may have more to tell.
+        extra="ignore",
+        **_example(
+            id="b",
+            incarnation="5f0c9a",
+            state="PASSIVE",
+            address="http://10.0.0.8:8080",
+            version="1.0",
+        ),
     )
 
     id: Annotated[str, Field(min_length=1, max_length=100)]
