@@ -58,6 +58,8 @@ class Node:
     starts: int = 0
     command: tuple[str, ...] = ("daemon", "run")
     """The module to run, and its arguments."""
+    root: Path = ROOT
+    """The checkout that it is run from."""
 
     @property
     def url(self) -> str:
@@ -77,7 +79,7 @@ class Node:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *self.command],
-                cwd=ROOT,
+                cwd=self.root,
                 env={**os.environ, **self.env, **extra},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -161,6 +163,12 @@ class Cluster:
     async def start(self, name: str, *, state: str | None = None, **extra: str) -> Node:
         """Start a new node and wait until it answers (and is in `state`)."""
         node = self.make(name, **extra)
+        return await self.restart(node, state=state)
+
+    async def start_from(self, root: Path, name: str, *, state: str) -> Node:
+        """Start a new node of another release, whose checkout is `root`."""
+        node = self.make(name)
+        node.root = root
         return await self.restart(node, state=state)
 
     async def restart(self, node: Node, *, state: str | None = None) -> Node:

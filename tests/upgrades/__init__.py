@@ -1,0 +1,1 @@
+"""From one release to the next: what the first one wrote, and it beside today's."""
