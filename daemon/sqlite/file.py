@@ -99,7 +99,7 @@ def check_file(path: Path, schema: Schema) -> None:
     """Look at the first bytes, without opening a database, so that nothing is changed by it.
 
     Raises `FileBroken` (not a database, or cut), `StoreMisconfigured` (a newer or another kind).
-    What is in the log beside it is not looked at: `show_as_newest` looks again in each transaction.
+    What is in the log beside it is `check_log`'s.
     """
     try:
         with path.open("rb") as file:
@@ -125,6 +125,19 @@ def check_file(path: Path, schema: Schema) -> None:
     unfinished = wal.exists() and wal.stat().st_size > 0
     if not unfinished and size < pages * page_bytes:
         raise FileBroken(f"{path} is cut: {size} bytes of {pages * page_bytes}")
+
+
+def check_log(path: Path, schema: Schema) -> None:
+    """Refuse a newer file also where that is only in its log yet. Raises as the stores do.
+
+    Read-only: closing another connection would fold the log into the file.
+    """
+    try:
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        with contextlib.closing(connection), garbled_is_corrupt():
+            refuse_newer(connection, path, schema)
+    except sqlite3.Error as error:
+        raise translated(error, path) from error
 
 
 def newer_file(path: Path, version: int, schema: Schema) -> StoreMisconfigured:

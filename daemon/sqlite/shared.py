@@ -25,6 +25,7 @@ from daemon.sqlite.file import (
     FileBroken,
     Schema,
     check_file,
+    check_log,
     check_newest,
     create_file,
     open_connection,
@@ -137,6 +138,7 @@ def _prepare(path: Path) -> None:
             f"{broken}. Stop every instance, then put back a backup of it, or move it away to "
             "begin with an empty store."
         ) from broken
+    check_log(path, SCHEMA)
 
 
 class SqliteSharedStore:
