@@ -8,6 +8,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Literal
 import pytest
 
 from daemon.sqlite.local import open_local
-from daemon.sqlite.shared import open_sqlite_shared
+from daemon.sqlite.shared import SCHEMA, open_sqlite_shared
 from machine.ports import AccountStore, InboxStore, LeaseStore, LocalStore, OutboxStore
 from machine.records import AccountId
 from tests.fakes import FakeLocalStore, FakeSharedState, FakeSharedStore, applied_then_failing
 
 Document = Literal["lease", "fence"]
+Record = Literal["lease", "fence", "account", "message", "inbox"]
 
 FIRESTORE = pytest.param("firestore", marks=pytest.mark.emulator)
 SHARED_ADAPTERS = ["fake", "sqlite", FIRESTORE]
@@ -44,6 +46,10 @@ class SharedWorld:
     age_lease: Callable[[float], Awaitable[None]]
     delete_document: Callable[[Document], Awaitable[None]]
     damage_account: Callable[[AccountId], Awaitable[None]]
+    make_newer: Callable[[Record, str], Awaitable[None]]
+    """A newer release writes that record: the account or message with this id."""
+    dump: Callable[[], Awaitable[object]]
+    """All that is stored, byte for byte."""
     lost_replies: Callable[[], AbstractAsyncContextManager[None]] | None = None
 
 
@@ -74,6 +80,16 @@ async def _open_fake() -> AsyncIterator[SharedWorld]:
     async def damage_account(account_id: AccountId) -> None:
         state.damage_account(account_id)
 
+    async def make_newer(record: Record, name: str) -> None:
+        if record == "account":
+            state.make_account_newer(AccountId(name))
+        else:
+            state.make_newer(name or record)
+
+    async def dump() -> object:
+        held = (state.lease, state.fence, state.accounts, state.messages, state.inbox)
+        return deepcopy((*held, state.archive))
+
     @asynccontextmanager
     async def lost_replies() -> AsyncIterator[None]:
         calm = store.weather
@@ -82,7 +98,10 @@ async def _open_fake() -> AsyncIterator[SharedWorld]:
         store.weather = calm
 
     yield SharedWorld(
-        store, store, store, store, age_lease, delete_document, damage_account, lost_replies
+        *(store, store, store, store, age_lease, delete_document, damage_account),
+        make_newer,
+        dump,
+        lost_replies,
     )
 
 
@@ -106,8 +125,22 @@ async def _open_sqlite(path: Path) -> AsyncIterator[SharedWorld]:
     async def damage_account(account_id: AccountId) -> None:
         await execute(f"UPDATE accounts SET status = '?' WHERE account_id = '{account_id}'")
 
+    async def make_newer(_record: Record, _name: str) -> None:
+        # One number says it of everything in the file, and it is looked at in each transaction.
+        await execute(f"PRAGMA user_version = {SCHEMA.version + 1}")
+
+    async def dump() -> object:
+        connection = sqlite3.connect(path)
+        found = (connection.execute("PRAGMA user_version").fetchone(), [*connection.iterdump()])
+        connection.close()
+        return found
+
     async with open_sqlite_shared(path, boottime=lambda: now_s, boot_id="boot") as store:
-        yield SharedWorld(store, store, store, store, age_lease, delete_document, damage_account)
+        yield SharedWorld(
+            *(store, store, store, store, age_lease, delete_document, damage_account),
+            make_newer,
+            dump,
+        )
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ from machine.ports import (
     LeaseRefused,
     MessageExists,
     StaleWrite,
+    StoreMisconfigured,
     StoreUnavailable,
     check_fits,
 )
 from machine.records import (
+    FENCE_LASTING_FIELDS,
     MAIN_PART,
     PENDING_STATES,
     Account,
@@ -87,6 +89,18 @@ def applied_then_failing() -> Passage:
     return Passage(error_after=StoreUnavailable("injected: applied", code="injected"))
 
 
+_REFUSALS = (
+    LeaseMissing,
+    LeaseRefused,
+    StaleWrite,
+    AccountExists,
+    MessageExists,
+    StoreMisconfigured,
+)
+
+NEWER = "injected: format 2 is newer than this release reads (1); start an instance of a later one"
+
+
 class _Request(Generic[T]):
     """One request on its way: `outcome` is set when the server has handled it."""
 
@@ -97,7 +111,7 @@ class _Request(Generic[T]):
     def handle(self) -> None:
         try:
             outcome: tuple[T | None, Exception | None] = (self.work(), None)
-        except (LeaseMissing, LeaseRefused, StaleWrite, AccountExists, MessageExists) as refusal:
+        except _REFUSALS as refusal:
             outcome = (None, refusal)
         # The reply to a duplicate goes nowhere: the first answer is the answer.
         if self.outcome is None:
@@ -113,6 +127,7 @@ class _StoredAccount:
     commit_id: str = ""
     fault: str | None = None
     removed: bool = False
+    newer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +169,8 @@ class FakeSharedState:
     messages: dict[MessageId, Message] = field(default_factory=dict)
     inbox: dict[tuple[AccountId, str, MessageId], InboxEntry] = field(default_factory=dict)
     archive: list[Archived] = field(default_factory=list)
+    newer: set[str] = field(default_factory=set)
+    """What a newer release wrote: `lease`, `fence`, ids of messages and of received ones."""
     writes: int = 0
     _wire: list[tuple[float, int, _Request[object]]] = field(default_factory=list)
     _sent: int = 0
@@ -198,6 +215,7 @@ class FakeSharedState:
     def read_lease(self) -> LeaseView:
         if self.lease is None or self.fence is None:
             raise LeaseMissing("a lease document does not exist")
+        self._refuse_newer("lease", "fence")
         lease, lease_stamp, written_at = self.lease
         fence, fence_stamp = self.fence
         age_s = trio.current_time() - written_at
@@ -206,8 +224,30 @@ class FakeSharedState:
     def read_heartbeat(self) -> Heartbeat:
         if self.lease is None:
             raise LeaseMissing("the lease document does not exist")
+        self._refuse_newer("lease")
         lease, lease_stamp, written_at = self.lease
         return Heartbeat(lease, lease_stamp, trio.current_time() - written_at)
+
+    def _refuse_newer(self, *names: str) -> None:
+        if self.newer.intersection(names):
+            raise StoreMisconfigured(NEWER)
+
+    def make_newer(self, name: str) -> None:
+        """Let a newer release have written the lease, the fence, or a message: in its format."""
+        self.newer.add(name)
+        if name == "lease" and self.lease is not None:
+            self.lease = (self.lease[0], self.stamp(), self.lease[2])
+        if name == "fence" and self.fence is not None:
+            self.fence = (self.fence[0], self.stamp())
+            lasting = Fence(*(getattr(self.fence[0], name) for name in FENCE_LASTING_FIELDS))
+            for watcher in self._watchers:
+                watcher.offer(lasting)
+
+    def make_account_newer(self, account_id: AccountId) -> None:
+        """Let a newer release have written the account, its version where we do not look for it."""
+        stored = self.accounts[account_id]
+        stored.fault, stored.newer = NEWER, True
+        stored.stamp, stored.version = self.stamp(), Version(0, 0)
 
     def write_lease(self, write: LeaseWrite) -> LeaseStamps:
         for wanted, expected, stored in (
@@ -272,7 +312,13 @@ class FakeSharedState:
     def copy_of(self, stored: _StoredAccount, *, complete: bool) -> AccountCopy:
         if stored.fault is not None:
             return AccountCopy(
-                stored.account, stored.version, {}, False, stored.stamp, fault=stored.fault
+                stored.account,
+                stored.version,
+                {},
+                False,
+                stored.stamp,
+                fault=stored.fault,
+                newer=stored.newer,
             )
         parts = {name: data for name, data in stored.parts.items() if complete or name == MAIN_PART}
         return AccountCopy(
@@ -313,6 +359,7 @@ class FakeSharedState:
             raise StaleWrite(f"expected stamp {commit.stamp}, found {stored.stamp}")
         for message in commit.new_messages:
             if message.message_id in self.messages:
+                self._refuse_newer(message.message_id)
                 raise MessageExists(self.messages[message.message_id])
         for message in (*commit.new_messages, *commit.messages):
             self.messages[message.message_id] = message
@@ -354,8 +401,16 @@ class FakeSharedState:
         )
 
     def list_pending(self) -> list[Message]:
-        pending = [one for one in self.messages.values() if one.state in PENDING_STATES]
+        pending = [
+            one
+            for one in self.messages.values()
+            if one.state in PENDING_STATES and one.message_id not in self.newer
+        ]
         return sorted(pending, key=lambda one: (one.created_at, one.message_id))
+
+    def fetch_message(self, message_id: MessageId) -> Message | None:
+        self._refuse_newer(message_id)
+        return self.messages.get(message_id)
 
     def purge_messages(self, grant: Grant, before: float, count_max: int) -> int:
         self.verify_grant(grant)
@@ -363,6 +418,7 @@ class FakeSharedState:
             one
             for one in self.messages.values()
             if one.state not in PENDING_STATES and one.updated_at < before
+            if one.message_id not in self.newer
         ]
         settled.sort(key=lambda one: (one.updated_at, one.message_id))
         for message in settled[:count_max]:
@@ -376,6 +432,7 @@ class FakeSharedState:
             entry
             for entry in self.inbox.values()
             if entry.message.account_id == account_id and (after is None or entry.place > after)
+            if entry.message.message_id not in self.newer
         ]
         return sorted(entries, key=lambda entry: entry.place)[:count_max]
 
@@ -548,7 +605,7 @@ class FakeSharedStore:
         return await self._ask("list_pending", self.state.list_pending)
 
     async def fetch_message(self, message_id: MessageId) -> Message | None:
-        return await self._ask("fetch_message", lambda: self.state.messages.get(message_id))
+        return await self._ask("fetch_message", lambda: self.state.fetch_message(message_id))
 
     async def purge_messages(self, grant: Grant, *, before: float, count_max: int) -> int:
         return await self._ask(

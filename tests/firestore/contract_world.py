@@ -9,15 +9,17 @@ import trio
 
 from daemon.firestore.accounts import FirestoreAccountStore
 from daemon.firestore.client import Line, open_firestore
-from daemon.firestore.documents import delete_write, update_write
+from daemon.firestore.documents import FieldValue, delete_write, update_write
 from daemon.firestore.inbox import FirestoreInboxStore
 from daemon.firestore.layout import Layout
 from daemon.firestore.lease import COLLECTION, FirestoreLeaseStore
 from daemon.firestore.outbox import FirestoreOutboxStore
-from machine.records import AccountId
-from tests.contracts.worlds import Document, SharedWorld
+from machine.records import AccountId, MessageId
+from tests.contracts.samples import an_inbound
+from tests.contracts.worlds import Document, Record, SharedWorld
 from tests.emulator import new_project
 from tests.fault_proxy import Fault, open_fault_proxy
+from tests.upgrades.documents import read_documents
 
 GROUP = "contract"
 
@@ -39,6 +41,24 @@ async def open_firestore_world(host: str) -> AsyncIterator[SharedWorld]:
         async def damage_account(account_id: AccountId) -> None:
             await direct.commit([update_write(layout.account(account_id), {"status": 7})])
 
+        async def make_newer(record: Record, name: str) -> None:
+            values: dict[str, FieldValue] = {"format": 2}
+            if record in ("lease", "fence"):
+                document = direct.document(COLLECTION, f"{GROUP}-{record}")
+            elif record == "account":
+                document = layout.account(AccountId(name))
+                # Its version is somewhere else now, for all we know.
+                values |= {"epoch": "2.5", "revision": None}
+            elif record == "message":
+                document = layout.message(MessageId(name))
+            else:
+                document = layout.inbound(an_inbound(name))
+            await direct.commit([update_write(document, values)])
+
+        async def dump() -> object:
+            found = await read_documents(project, host, GROUP)
+            return [document.SerializeToString(deterministic=True) for document in found]
+
         @asynccontextmanager
         async def lost_replies() -> AsyncIterator[None]:
             # Only over a connection that stands already can a request still get through.
@@ -58,5 +78,7 @@ async def open_firestore_world(host: str) -> AsyncIterator[SharedWorld]:
             age_lease=trio.sleep,
             delete_document=delete_document,
             damage_account=damage_account,
+            make_newer=make_newer,
+            dump=dump,
             lost_replies=lost_replies,
         )

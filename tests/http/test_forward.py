@@ -60,6 +60,31 @@ async def test_standby_forwards_and_says_who_answered() -> None:
         assert world.delivered == [answer.json()["messageId"]]
 
 
+async def test_what_a_later_release_forwards_in_a_newer_format_is_refused_and_not_guessed_at() -> (
+    None
+):
+    async with group("a") as (world, (a,), (a_api,)), talking_to(a_api.url) as client:
+        world.activate(a)
+        client.headers["x-watchkeeper-forwarded-by"] = "b"
+        client.headers["x-watchkeeper-forwarded-format"] = "1"
+        assert (await send(client)).status_code == 200
+        for said in ("2", "two"):
+            client.headers["x-watchkeeper-forwarded-format"] = said
+            refused = await send(client)
+            assert (refused.status_code, refused.json()["error"]) == (503, "not_active")
+            assert "earlier release" in refused.json()["message"]
+        assert len(world.delivered) == 1
+
+
+async def test_what_a_later_standby_tells_in_addition_is_overlooked() -> None:
+    async with group("a") as (world, (a,), (a_api,)), talking_to(a_api.url) as client:
+        world.activate(a)
+        hello = {"id": "b", "incarnation": "5f", "state": "PASSIVE", "address": "http://b:1"}
+        told = {**hello, "version": "9.0", "capacity": 7}
+        answer = await client.post("/api/internal/hello", json=told)
+        assert [peer["version"] for peer in answer.json()["peers"]][-1:] == ["9.0"]
+
+
 async def test_answers_come_through_unchanged() -> None:
     async with group("a", "b") as (world, (a, _), (a_api, b_api)):
         world.activate(a)

@@ -29,6 +29,7 @@ def copy(
     *,
     fault: str | None = None,
     removed: bool = False,
+    newer: bool = False,
     stamp: str | None = None,
     mark: bytes = b"",
 ) -> AccountCopy:
@@ -41,6 +42,7 @@ def copy(
         stamp=Stamp(stamp) if stamp else None,
         fault=fault,
         removed=removed,
+        newer=newer,
     )
 
 
@@ -67,6 +69,18 @@ CASES = {
     "shared unreadable, disk equal": (shared(2, 5, fault="x"), copy(2, 5), Source.EQUAL, True),
     "shared unreadable, disk newer": (shared(2, 5, fault="x"), copy(2, 6), Source.DISK, True),
     "shared unreadable, disk older": (shared(2, 5, fault="x"), copy(2, 4), Source.NEITHER, False),
+    "shared of a newer release, its version unknown": (
+        shared(0, 0, fault="format 2", newer=True),
+        copy(2, 6),
+        Source.NEITHER,
+        False,
+    ),
+    "shared of a newer release, disk equal": (
+        shared(2, 6, fault="format 2", newer=True),
+        copy(2, 6),
+        Source.NEITHER,
+        False,
+    ),
     "both unreadable": (
         shared(2, 5, fault="x"),
         copy(2, 5, fault="torn"),
