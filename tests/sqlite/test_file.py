@@ -15,6 +15,7 @@ from daemon.sqlite.file import (
     check_file,
     create_file,
     open_connection,
+    show_as_newest,
     translated,
     upgrade,
 )
@@ -72,6 +73,30 @@ def test_an_older_file_is_brought_up_step_by_step_by_one_of_many(tmp_path: Path)
     assert connection.execute("SELECT n, m FROM t").fetchall() == [(7, None)]
     assert connection.execute("SELECT n FROM u").fetchall() == []
     assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+    connection.close()
+
+
+def test_an_older_file_is_shown_as_the_newest_and_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    create_file(path, OLDEST)
+    connection = open_connection(path)
+    connection.execute("INSERT INTO t VALUES (7)")
+    for _ in range(2):
+        connection.execute("BEGIN")
+        show_as_newest(connection, path, UPGRADING)
+        assert connection.execute("SELECT n, m FROM t").fetchall() == [(7, 8)]
+        assert connection.execute("SELECT n FROM u").fetchall() == []
+        connection.execute("ROLLBACK")
+    assert connection.execute("SELECT * FROM t").fetchall() == [(7,)]
+    connection.close()
+
+
+def test_a_file_too_old_to_be_shown_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    create_file(path, replace(SCHEMA, version=2))
+    connection = open_connection(path)
+    with pytest.raises(StoreMisconfigured, match="format 2.*earlier release"):
+        show_as_newest(connection, path, SCHEMA)
     connection.close()
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,16 @@ import trio
 from daemon.sqlite import account_rows
 from daemon.sqlite.file import create_file
 from daemon.sqlite.shared import SCHEMA, SqliteSharedStore, host_boottime, open_sqlite_shared
-from machine.ports import LeaseMissing, StaleWrite, StoreMisconfigured
-from machine.records import MAIN_PART, AccountId, LeaseWrite, MessageId, Version
+from machine.ports import LeaseMissing, LeaseRefused, StaleWrite, StoreMisconfigured
+from machine.records import (
+    MAIN_PART,
+    AccountId,
+    LeaseState,
+    LeaseWrite,
+    MessageId,
+    Stamp,
+    Version,
+)
 from tests.contracts.samples import (
     ANNA,
     BELA,
@@ -29,6 +38,7 @@ from tests.contracts.samples import (
     a_lease,
     a_message,
     acquire,
+    acquisition,
     an_account,
     an_inbound,
     create,
@@ -80,6 +90,13 @@ async def test_a_file_of_the_first_format_keeps_its_accounts_and_receives(tmp_pa
         with pytest.raises(StoreMisconfigured, match="still of format 1"):
             await store.commit(a_commit(grant, stamp))
         assert not await store.initialise()
+        view = await store.read()
+        released = replace(view.lease, state=LeaseState.RELEASED)
+        with pytest.raises(StoreMisconfigured, match="still of format 1"):
+            await store.write(LeaseWrite(lease=released, lease_stamp=view.lease_stamp))
+        # Nor by an acquisition that comes too late.
+        with pytest.raises(LeaseRefused):
+            await store.write(replace(acquisition(view, "b"), lease_stamp=Stamp("another")))
         assert execute(path, "PRAGMA user_version") == [(1,)]
         grant = await acquire(store)
         assert execute(path, "PRAGMA user_version") == [(SCHEMA.version,)]
@@ -147,6 +164,19 @@ async def test_a_file_of_a_newer_version_is_refused_and_never_overwritten(tmp_pa
         async with open_sqlite_shared(path):
             raise AssertionError
     assert path.read_bytes() == before
+
+
+async def test_a_file_that_only_its_log_calls_newer_is_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "shared.db"
+    async with open_sqlite_shared(path) as store:
+        await store.initialise()
+        execute(path, "PRAGMA user_version = 99")
+        before, log = path.read_bytes(), path.with_name("shared.db-wal").read_bytes()
+        assert before[60:64] == SCHEMA.version.to_bytes(4)
+        with pytest.raises(StoreMisconfigured, match="newer"):
+            async with open_sqlite_shared(path):
+                raise AssertionError
+        assert (path.read_bytes(), path.with_name("shared.db-wal").read_bytes()) == (before, log)
 
 
 async def test_a_missing_directory_says_what_to_do(tmp_path: Path) -> None:

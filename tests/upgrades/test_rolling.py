@@ -11,9 +11,13 @@ import httpx
 import pytest
 import trio
 
+from daemon.firestore.client import open_firestore
+from daemon.firestore.documents import update_write
+from daemon.firestore.lease import COLLECTION
 from tests.system.cluster import Cluster, Node, firestore_env, open_cluster, sqlite_env
 from tests.system.steps import ALONE, arrived_readable_once, lines_of, send_all, wait_logged
-from tests.upgrades.first_release import extract
+from tests.upgrades.documents import read_documents
+from tests.upgrades.first_release import GROUP, extract
 
 pytestmark = [pytest.mark.system, pytest.mark.long]
 
@@ -136,3 +140,30 @@ async def test_after_a_crash_of_the_later_release_an_earlier_standby_changes_not
     await cluster.wait_connected(c, "ann")
     sent |= await send_all(cluster, c, "ann", "after the crash")
     await arrived_readable_once(cluster, c, sent)
+
+
+@pytest.mark.parametrize(
+    "cluster", [pytest.param("firestore", marks=pytest.mark.emulator)], indirect=True
+)
+async def test_a_standby_stands_back_from_a_lease_of_a_newer_format(cluster: Cluster) -> None:
+    newer = await cluster.start("newer", state="ACTIVE")
+    await cluster.add_paired(newer, "ann")
+    older = await cluster.start("older", state="PASSIVE")
+    await wait_logged(older, "account restore skipped, lease held by newer")
+    await newer.kill()
+    project = cluster.env["WATCHKEEPER_FIRESTORE_PROJECT"]
+    emulator = cluster.env["FIRESTORE_EMULATOR_HOST"]
+    async with open_firestore(project, emulator_host=emulator) as client:
+        lease = client.document(COLLECTION, f"{GROUP}-lease")
+        await client.commit([update_write(lease, {"format": 2})])
+        before = await read_documents(project, emulator, GROUP)
+        await trio.sleep(TTL_S + 3)
+        assert await cluster.answers(older, "/passive")
+        assert lines_of(
+            older, r"format 2 is newer than this release reads \(1\).*Start an instance"
+        )
+        assert await read_documents(project, emulator, GROUP) == before
+        # Back from a backup, say: it goes on by itself.
+        await client.commit([update_write(lease, {"format": 1})])
+    await cluster.wait_state(older, "ACTIVE")
+    await cluster.wait_connected(older, "ann")
