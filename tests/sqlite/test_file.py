@@ -95,7 +95,7 @@ def test_a_file_too_old_to_be_shown_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.db"
     create_file(path, replace(SCHEMA, version=2))
     connection = open_connection(path)
-    with pytest.raises(StoreMisconfigured, match="format 2.*earlier release"):
+    with pytest.raises(StoreMisconfigured, match=r"format 2.*earlier release"):
         show_as_newest(connection, path, SCHEMA)
     connection.close()
 
