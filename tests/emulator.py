@@ -95,15 +95,19 @@ class Emulator:
 
 def emulator_command(port: int) -> list[str] | None:
     """How to start the emulator on this machine, `None` where it is not installed."""
-    java = shutil.which("java")
-    for root in _sdk_roots():
-        if java is not None and (root / JAR).is_file():
-            # Without gcloud's wrapper it starts in half the time; a JVM of modest appetite, for
-            # several may run beside each other.
-            flags = ["-Duser.language=en", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
-            start = [java, *flags, "-Xmx1g", "-cp", str(root / JAR), MAIN_CLASS]
-            return [*start, "--host=127.0.0.1", f"--port={port}"]
-    return None
+    java, jar = shutil.which("java"), emulator_jar()
+    if java is None or jar is None:
+        return None
+    # Without gcloud's wrapper it starts in half the time; a JVM of modest appetite, for several may
+    # run beside each other.
+    flags = ["-Duser.language=en", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+    start = [java, *flags, "-Xmx1g", "-cp", str(jar), MAIN_CLASS]
+    return [*start, "--host=127.0.0.1", f"--port={port}"]
+
+
+def emulator_jar() -> Path | None:
+    """Where the emulator is on this machine, `None` where it is not installed."""
+    return next((root / JAR for root in _sdk_roots() if (root / JAR).is_file()), None)
 
 
 def _sdk_roots() -> Iterator[Path]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.emulator import MAIN_CLASS
+
 ROOT = Path(__file__).resolve().parents[2]
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 PYTHON_IMAGE = "localhost/stand-in-python"
@@ -30,6 +32,23 @@ default_ulimits = ["nofile=20000:20000","nproc=4096:4096"]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "runc"
+"""
+NETWORKS = """\
+[network]
+network_backend = "netavark"
+network_config_dir = "{work}/networks"
+"""
+"""Only where netavark is: the tests of a single container need no network."""
+NETAVARK = ("/usr/lib/podman", "/usr/libexec/podman")
+
+EMULATOR = """\
+#!/bin/sh
+# Stands for `gcloud emulators firestore start --host-port=HOST:PORT`; knows nothing else.
+set -eu
+[ "$1 $2 $3" = "emulators firestore start" ]
+address=${4#--host-port=}
+exec java -Duser.language=en -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -cp /emulator.jar \
+    MAIN_CLASS "--host=${address%:*}" "--port=${address#*:}"
 """
 
 PACKAGES = "python3,python3-venv,ca-certificates,libstdc++6,libatomic1"
@@ -47,18 +66,27 @@ def missing() -> str | None:
     return None if node else "no containers: needs Node.js"
 
 
+def missing_networks() -> str | None:
+    """What keeps containers from being run in a network of their own, or `None`."""
+    for program in ("netavark", "aardvark-dns"):
+        if not any((Path(each) / program).is_file() for each in NETAVARK):
+            return f"no networks of containers: needs {program} (Debian: netavark aardvark-dns)"
+    return None
+
+
 class Engine:
     """Podman and buildah, with everything they keep in one directory."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
-        (work / "containers.conf").write_text(CONTAINERS)
+        networks = "" if missing_networks() else NETWORKS.format(work=work)
+        (work / "containers.conf").write_text(CONTAINERS + networks)
         (work / "storage.conf").write_text(
             f'[storage]\ndriver = "overlay"\ngraphroot = "{work}/graph"\nrunroot = "{work}/run"\n'
         )
         # What pip in a container asks is what pip asks here, trusted by the same certificates.
         (work / "pip.conf").write_text(f"[global]\ncert = {CERTIFICATES}\n")
-        self._env = {
+        self.env = {
             **os.environ,
             "CONTAINERS_CONF": str(work / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(work / "storage.conf"),
@@ -71,7 +99,7 @@ class Engine:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=self._env,
+            env=self.env,
             capture_output=True,
             text=True,
             timeout=within_s,
@@ -119,6 +147,22 @@ class Engine:
         )
         self.build(files, files / "Node", NODE_IMAGE)
         (files / "base.tar").unlink()
+
+    def build_emulator(self, tag: str, jar: Path) -> None:
+        """A stand-in for Google's image: the same emulator, started by the same command."""
+        files = self.work / "emulator"
+        files.mkdir()
+        shutil.copy(jar, files / "emulator.jar")
+        (files / "gcloud").write_text(EMULATOR.replace("MAIN_CLASS", MAIN_CLASS))
+        (files / "gcloud").chmod(0o755)
+        (files / "Emulator").write_text(
+            f"FROM {PYTHON_IMAGE}\n"
+            "RUN apt-get update"
+            " && apt-get install --yes --no-install-recommends openjdk-17-jre-headless\n"
+            "COPY emulator.jar /\n"
+            "COPY gcloud /usr/local/bin/\n"
+        )
+        self.build(files, files / "Emulator", tag)
 
     def image_size(self, tag: str) -> int:
         return int(self.podman("image", "inspect", "--format", "{{.Size}}", tag).stdout)

@@ -10,17 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bridge.node.install import skip_or_fail
-from tests.deploy.engine import (
-    IMAGE,
-    NODE_IMAGE,
-    PYTHON_IMAGE,
-    ROOT,
-    Container,
-    Engine,
-    missing,
-    open_engine,
-)
+from tests.deploy.engine import IMAGE, NODE_IMAGE, PYTHON_IMAGE, ROOT, Container, Engine
 from tests.deploy.host import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.long]
@@ -40,20 +30,15 @@ Start = Callable[..., Container]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(bases: Engine) -> Engine:
     """An engine with the image built on the stand-ins."""
-    lacking = missing()
-    if lacking is not None:
-        skip_or_fail(lacking)
-    with open_engine(tmp_path_factory.mktemp("engine")) as engine:
-        engine.build_stand_ins()
-        engine.build(
-            *(ROOT, DOCKERFILE, IMAGE),
-            *("--ignorefile", str(ROOT / ".dockerignore")),
-            *("--build-arg", f"PYTHON_IMAGE={PYTHON_IMAGE}"),
-            *("--build-arg", f"NODE_IMAGE={NODE_IMAGE}"),
-        )
-        yield engine
+    bases.build(
+        *(ROOT, DOCKERFILE, IMAGE),
+        *("--ignorefile", str(ROOT / ".dockerignore")),
+        *("--build-arg", f"PYTHON_IMAGE={PYTHON_IMAGE}"),
+        *("--build-arg", f"NODE_IMAGE={NODE_IMAGE}"),
+    )
+    return bases
 
 
 @pytest.fixture
