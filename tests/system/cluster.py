@@ -145,6 +145,7 @@ class Cluster:
     env: dict[str, str]
     client: httpx.AsyncClient
     nodes: list[Node] = field(default_factory=list)
+    token: str = TOKEN
 
     def make(self, name: str, **extra: str) -> Node:
         """A node with its own disk and port."""
@@ -215,7 +216,7 @@ class Cluster:
 
     async def ask(self, node: Node, method: str, path: str, **given: Any) -> httpx.Response:
         return await self.client.request(
-            method, node.url + path, headers={"Authorization": f"Bearer {TOKEN}"}, **given
+            method, node.url + path, headers={"Authorization": f"Bearer {self.token}"}, **given
         )
 
     async def json(self, node: Node, method: str, path: str, **given: Any) -> dict[str, Any]:
@@ -256,7 +257,7 @@ class Cluster:
     async def send(
         self, node: Node, account_id: str, text: str, *, key: str | None = None
     ) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
+        headers = {"Authorization": f"Bearer {self.token}"}
         if key is not None:
             headers["Idempotency-Key"] = key
         return await self.client.post(

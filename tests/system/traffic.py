@@ -56,7 +56,7 @@ class Traffic:
             self.failed.append(f"{text}: {response.status_code} {response.text}")
 
     async def _ask_any(self, account_id: str, text: str, number: int) -> httpx.Response | None:
-        """Ask the nodes in turn; one that refuses the connection is passed over, for 10 s."""
+        """Ask the nodes in turn; one that takes no connection is passed over, for 10 s."""
         deadline = trio.current_time() + 10
         for turn in count(number):
             nodes: list[Node] = self.cluster.nodes
@@ -64,7 +64,7 @@ class Traffic:
                 return await self.cluster.send(
                     nodes[turn % len(nodes)], account_id, text, key=f"key-{number}"
                 )
-            except httpx.ConnectError:
+            except (httpx.ConnectError, httpx.ConnectTimeout):
                 if trio.current_time() > deadline:
                     self.failed.append(f"{text}: nobody listens")
                     return None
