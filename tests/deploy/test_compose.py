@@ -137,7 +137,7 @@ def deployment(bases: Engine, tmp_path_factory: pytest.TempPathFactory) -> Itera
         wait_until("the emulator is healthy", partial(healthy, deployment, "firestore"), 60)
         for said in ("is there: released, at epoch 0", "is there already. Nothing was changed"):
             assert said in deployment.compose("run", "--rm", "-T", "a", "init")
-        deployment.compose("up", "-d")
+        deployment.compose("up", "-d", "--wait")
         for name in NAMES:
             wait_until(f"{name} is ready", partial(ready, deployment, name), 60)
         yield deployment
