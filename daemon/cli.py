@@ -21,6 +21,7 @@ from urllib.parse import quote, urlencode
 import typer
 
 if TYPE_CHECKING:
+    from daemon.findings import Finding
     from daemon.remote import Remote
     from daemon.settings import Loaded
 
@@ -36,7 +37,7 @@ class Exit(IntEnum):
 
     OK = 0
     REFUSED = 1
-    """The instance said no, or the doctor found a fault."""
+    """The instance said no, or `doctor` or `init` found a fault."""
     USAGE = 2
     """The arguments or the settings are wrong."""
     UNREACHABLE = 3
@@ -175,29 +176,42 @@ def init(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Create the group's lease, once. Touches nothing that exists."""
+    """Create the group's lease, once, and check what else the store must have.
+
+    Touches nothing that exists. With Firestore each check is a line, and what is missing comes with
+    the command that mends it.
+    """
     import trio
 
-    from daemon.initialise import STORE_S, initialise
-    from daemon.terminal import complain, print_json, say
+    from daemon.findings import Verdict, fail
+    from daemon.initialise import STORE_S, initialise, inspect_store
+    from daemon.terminal import complain, print_findings, print_json, say
     from machine.ports import LeaseMissing, StoreMisconfigured, StoreUnavailable
 
+    created = False
+    refused: tuple[Finding, ...] = ()
     with _ending():
         settings = _load().settings
         try:
             created = trio.run(lambda: initialise(settings, epoch=epoch))
         except (StoreMisconfigured, LeaseMissing) as error:
             complain(str(error))
-            raise typer.Exit(Exit.REFUSED) from None
+            refused = (fail("lease", str(error), "See below, or docs/firestore.md."),)
         except (StoreUnavailable, trio.TooSlowError) as error:
             complain(f"The store did not answer within {STORE_S:g} s. {error}".strip())
             raise typer.Exit(Exit.UNREACHABLE) from None
+        findings = (*refused, *trio.run(inspect_store, settings))
+    bad = any(finding.verdict is Verdict.FAIL for finding in findings)
     if as_json:
-        print_json({"created": created, "group": settings.group})
-    elif created:
-        say(f"The lease of group {settings.group} is there: released, at epoch {epoch}.")
+        told = [finding.as_json() for finding in findings]
+        print_json({"ok": not bad, "created": created, "group": settings.group, "findings": told})
     else:
-        say(f"The lease of group {settings.group} is there already. Nothing was changed.")
+        if created:
+            say(f"The lease of group {settings.group} is there: released, at epoch {epoch}.")
+        elif not refused:
+            say(f"The lease of group {settings.group} is there already. Nothing was changed.")
+        print_findings(findings)
+    raise typer.Exit(Exit.REFUSED if bad else Exit.OK)
 
 
 @app.command()
@@ -259,8 +273,9 @@ def doctor(as_json: Json = False) -> None:
     """Check store, permissions, clock, Node and ports, and say what to do."""
     import trio
 
-    from daemon.doctor import Verdict, examine
-    from daemon.terminal import print_json, print_table
+    from daemon.doctor import examine
+    from daemon.findings import Verdict
+    from daemon.terminal import print_findings, print_json
 
     with _ending():
         findings = trio.run(examine, _load())
@@ -268,8 +283,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print_json({"ok": not bad, "findings": [finding.as_json() for finding in findings]})
     else:
-        rows = [(f.check, f.verdict.value, f.found, f.advice) for f in findings]
-        print_table(("check", "", "found", "what to do"), rows)
+        print_findings(findings)
     raise typer.Exit(Exit.REFUSED if bad else Exit.OK)
 
 

@@ -1,7 +1,7 @@
 """Looks for what would keep an instance from running well, and says what to do about each.
 
-It changes nothing and starts nothing. Never lives here: what the settings refuse by themselves
-(`daemon.settings`), though it is reported here too.
+It changes nothing that was there, and starts nothing. Never lives here: what the settings refuse by
+themselves (`daemon.settings`), though it is reported here too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import trio
@@ -26,7 +24,8 @@ from daemon.bridge.install import (
     check_install,
     find_node,
 )
-from daemon.initialise import SHARED_FILE, STORE_S, open_lease_store
+from daemon.findings import Finding, fail, ok, warn
+from daemon.initialise import SHARED_FILE, STORE_S, inspect_store, open_lease_store
 from daemon.settings import (
     SECRET_FIELDS,
     ConnectorKind,
@@ -40,40 +39,6 @@ from machine.ports import LeaseMissing, StoreMisconfigured, StoreUnavailable
 
 FREE_BYTES_MIN = 256 * 1024 * 1024
 FILES_SPARE = 200
-
-
-class Verdict(StrEnum):
-    """How a check ended. Only `fail` keeps an instance from running."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check: what was looked at, what was found, and what to do unless it is fine."""
-
-    check: str
-    verdict: Verdict
-    found: str
-    advice: str = ""
-
-    def as_json(self) -> dict[str, str]:
-        """Plain data, for `--json`."""
-        return {key: str(value) for key, value in asdict(self).items()}
-
-
-def _ok(check: str, found: str) -> Finding:
-    return Finding(check, Verdict.OK, found)
-
-
-def _warn(check: str, found: str, advice: str) -> Finding:
-    return Finding(check, Verdict.WARN, found, advice)
-
-
-def _fail(check: str, found: str, advice: str) -> Finding:
-    return Finding(check, Verdict.FAIL, found, advice)
 
 
 async def examine(loaded: Loaded) -> tuple[Finding, ...]:
@@ -92,7 +57,7 @@ async def examine(loaded: Loaded) -> tuple[Finding, ...]:
     for check in checks:
         # They touch the disk and other programs: a thread, so that Ctrl+C ends the command.
         findings += await trio.to_thread.run_sync(_run_check, check, settings)
-    return (*findings, await check_store(settings))
+    return (*findings, await check_store(settings), *await inspect_store(settings))
 
 
 def _run_check(
@@ -105,13 +70,13 @@ def check_settings(loaded: Loaded) -> Iterator[Finding]:
     """What would be refused at the start of an instance, and what is merely doubtful."""
     problems = serving_problems(loaded.settings)
     for problem in problems:
-        yield _fail("settings", problem, "Set it, then ask again.")
+        yield fail("settings", problem, "Set it, then ask again.")
     for warning in loaded.warnings:
-        yield _warn("settings", warning, "See docs/settings.md.")
+        yield warn("settings", warning, "See docs/settings.md.")
     if not problems:
-        yield _ok("settings", "complete, and free of contradictions")
+        yield ok("settings", "complete, and free of contradictions")
     if loaded.settings.firestore_emulator_host:
-        yield _warn(
+        yield warn(
             "settings",
             f"FIRESTORE_EMULATOR_HOST is {loaded.settings.firestore_emulator_host}",
             "An emulator forgets everything when it ends; unset it to use the real Firestore.",
@@ -126,13 +91,13 @@ def check_secrets(settings: Settings) -> Iterator[Finding]:
             continue
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
-            yield _warn(
+            yield warn(
                 "secrets", f"{path} has mode {mode:04o}: others can read it", f"chmod 600 {path}"
             )
         else:
-            yield _ok("secrets", f"{path} has mode {mode:04o}")
+            yield ok("secrets", f"{path} has mode {mode:04o}")
     if settings.encryption_key is not None:
-        yield _ok("encryption key", "valid: 32 bytes")
+        yield ok("encryption key", "valid: 32 bytes")
 
 
 def check_directories(settings: Settings) -> Iterator[Finding]:
@@ -145,22 +110,22 @@ def check_directories(settings: Settings) -> Iterator[Finding]:
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         if not nearest.is_dir():
-            yield _fail(check, f"{nearest} is not a directory", "Move it away, or set another.")
+            yield fail(check, f"{nearest} is not a directory", "Move it away, or set another.")
         elif not os.access(nearest, os.W_OK | os.X_OK):
-            yield _fail(
+            yield fail(
                 check,
                 f"{nearest} cannot be written by this user",
                 f"chown it to the user who runs the daemon (uid {os.getuid()}), or set another.",
             )
         elif shutil.disk_usage(nearest).free < FREE_BYTES_MIN:
             free = shutil.disk_usage(nearest).free // (1024 * 1024)
-            yield _warn(check, f"{nearest} has {free} MiB left", "Make room before it is full.")
+            yield warn(check, f"{nearest} has {free} MiB left", "Make room before it is full.")
         elif nearest == path and path.stat().st_mode & 0o077:
             mode = path.stat().st_mode & 0o777
-            yield _warn(check, f"{path} has mode {mode:04o}", f"chmod 700 {path}")
+            yield warn(check, f"{path} has mode {mode:04o}", f"chmod 700 {path}")
         else:
             made = "" if nearest == path else " (made at the first start)"
-            yield _ok(check, f"{path} can be written{made}")
+            yield ok(check, f"{path} can be written{made}")
 
 
 def check_clocks(settings: Settings) -> Iterator[Finding]:
@@ -168,18 +133,18 @@ def check_clocks(settings: Settings) -> Iterator[Finding]:
     try:
         boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     except (AttributeError, OSError):
-        yield _fail("clock", "this system has no CLOCK_BOOTTIME", "Run on Linux.")
+        yield fail("clock", "this system has no CLOCK_BOOTTIME", "Run on Linux.")
         return
     # Monotonic time stands still while a host is suspended; a lease must not.
     suspended_s = boot - time.clock_gettime(time.CLOCK_MONOTONIC)
     if suspended_s > 1:
-        yield _warn(
+        yield warn(
             "clock",
             f"this host has been suspended for {suspended_s:.0f} s since it booted",
             "A suspended holder loses its lease (safely). Servers should not suspend.",
         )
     else:
-        yield _ok("clock", "boot time and monotonic time agree")
+        yield ok("clock", "boot time and monotonic time agree")
 
 
 def check_files_limit(settings: Settings) -> Iterator[Finding]:
@@ -187,14 +152,14 @@ def check_files_limit(settings: Settings) -> Iterator[Finding]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     needed = settings.http_connections_max + settings.forward_connections_max + FILES_SPARE
     if hard != resource.RLIM_INFINITY and hard < needed:
-        yield _warn(
+        yield warn(
             "open files",
             f"{hard} are allowed, {needed} may be needed",
             "Raise LimitNOFILE (systemd) or `ulimit -Hn`, or lower "
             "WATCHKEEPER_HTTP_CONNECTIONS_MAX.",
         )
     else:
-        yield _ok("open files", f"{needed} may be needed and are allowed")
+        yield ok("open files", f"{needed} may be needed and are allowed")
 
 
 def check_port(settings: Settings) -> Iterator[Finding]:
@@ -210,19 +175,19 @@ def check_port(settings: Settings) -> Iterator[Finding]:
                 probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                yield _warn(
+                yield warn(
                     check,
                     f"{bind} is taken",
                     "Fine if it is this very instance that runs; else choose another port.",
                 )
             else:
-                yield _fail(
+                yield fail(
                     check,
                     f"{bind} cannot be listened on: {error.strerror or error}",
                     "Choose an address of this host and a port above 1023.",
                 )
         else:
-            yield _ok(check, f"{bind} is free")
+            yield ok(check, f"{bind} is free")
 
 
 def check_node(settings: Settings) -> Iterator[Finding]:
@@ -232,17 +197,17 @@ def check_node(settings: Settings) -> Iterator[Finding]:
     try:
         node = find_node(settings.node)
     except BridgeUnusable as error:
-        yield _fail("node", *_cause_and_advice(error))
+        yield fail("node", *_cause_and_advice(error))
         return
     if node.major < NODE_MAJOR_GOOD:
-        yield _warn(
+        yield warn(
             "node",
             f"{node.path} is version {node.version}",
             f"It works. With many accounts Node.js {NODE_MAJOR_GOOD} takes a fraction of the "
             "processor time.",
         )
     else:
-        yield _ok("node", f"{node.path} is version {node.version}")
+        yield ok("node", f"{node.path} is version {node.version}")
 
 
 def check_baileys(settings: Settings) -> Iterator[Finding]:
@@ -252,9 +217,9 @@ def check_baileys(settings: Settings) -> Iterator[Finding]:
     try:
         baileys = check_install(settings.bridge_dir or SOURCES)
     except BridgeUnusable as error:
-        yield _fail("baileys", *_cause_and_advice(error))
+        yield fail("baileys", *_cause_and_advice(error))
     else:
-        yield _ok("baileys", f"version {baileys}")
+        yield ok("baileys", f"version {baileys}")
 
 
 def _cause_and_advice(error: BridgeUnusable) -> tuple[str, str]:
@@ -266,27 +231,27 @@ async def check_store(settings: Settings) -> Finding:
     """The shared store answers, and has the lease of this group."""
     where = "shared store"
     if settings.store is StoreKind.FIRESTORE and not settings.firestore_project:
-        return _fail(where, "no project is set", "Set WATCHKEEPER_FIRESTORE_PROJECT.")
+        return fail(where, "no project is set", "Set WATCHKEEPER_FIRESTORE_PROJECT.")
     if settings.store is StoreKind.SQLITE:
         path = settings.shared_dir / SHARED_FILE
         if not await trio.to_thread.run_sync(path.exists):
-            return _ok(where, f"{path} does not exist yet; the first start makes it")
+            return ok(where, f"{path} does not exist yet; the first start makes it")
     try:
         with trio.fail_after(STORE_S):
             async with open_lease_store(settings) as store:
                 view = await store.read()
     except LeaseMissing as error:
-        return _fail(
+        return fail(
             where,
             f"it answers, but the lease is not there: {error}",
             "Run `watchkeeper init`, once for the group. If the group has run before, restore the "
             "backup instead: a new lease would begin at epoch 0.",
         )
     except StoreMisconfigured as error:
-        return _fail(where, str(error), "Change that, then ask again.")
+        return fail(where, str(error), "Change that, then ask again.")
     except StoreUnavailable as error:
-        return _fail(where, f"no answer: {error}", "Check the network and the store.")
+        return fail(where, f"no answer: {error}", "Check the network and the store.")
     except trio.TooSlowError:
-        return _fail(where, f"no answer within {STORE_S:g} s", "Check the network and the store.")
+        return fail(where, f"no answer within {STORE_S:g} s", "Check the network and the store.")
     holder = f"held by {view.fence.holder}" if view.fence.state == "held" else view.fence.state
-    return _ok(where, f"answers; lease {holder}, epoch {view.fence.epoch}")
+    return ok(where, f"answers; lease {holder}, epoch {view.fence.epoch}")

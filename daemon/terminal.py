@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from daemon.findings import Finding
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 STATUS_STYLES = {
@@ -33,6 +35,7 @@ STATUS_STYLES = {
     "banned": "bold red",
     "logged_out": "red",
     "quarantined": "red",
+    "not checked": "dim",
 }
 
 
@@ -61,6 +64,18 @@ def print_table(
         cells = (clean(value) for value in row)
         table.add_row(*(Text(cell, style=STATUS_STYLES.get(cell, "")) for cell in cells))
     _console(sys.stdout).print(table)
+
+
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Print each check as a line, and below it, whole, what to do: commands are there to copy."""
+    console = _console(sys.stdout)
+    for finding in findings:
+        style = STATUS_STYLES.get(finding.verdict.value, "")
+        line = Text(f"{finding.verdict.value:<12}", style=style)
+        line.append(f"{clean(finding.check)}: {clean(finding.found)}", style="default")
+        console.print(line, soft_wrap=True)
+        if finding.advice:
+            console.print(Text(f"{'':<12}-> {clean(finding.advice)}"), soft_wrap=True)
 
 
 def say(text: str) -> None:

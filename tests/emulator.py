@@ -148,13 +148,13 @@ def _fixtures_of(item: pytest.Item) -> tuple[str, ...]:
 
 
 @contextmanager
-def start_emulator() -> Iterator[Emulator]:
-    """An emulator of one's own. Raises `RuntimeError` where there is none."""
+def start_emulator(*flags: str) -> Iterator[Emulator]:
+    """An emulator of one's own, with these flags. Raises `RuntimeError` where there is none."""
     port = free_port()
     command = emulator_command(port)
     if command is None:
         raise RuntimeError(MISSING)
-    emulator = Emulator(command, port)
+    emulator = Emulator([*command, *flags], port)
     try:
         emulator.start()
         yield emulator

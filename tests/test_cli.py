@@ -200,7 +200,12 @@ def test_keygen_writes_a_private_file_and_never_over_one(tmp_path: Path) -> None
 
 def test_init_creates_the_lease_once() -> None:
     first = command("init", "--json")
-    assert json.loads(first.stdout) == {"created": True, "group": "default"}
+    assert json.loads(first.stdout) == {
+        "ok": True,
+        "created": True,
+        "group": "default",
+        "findings": [],
+    }
     second = command("init")
     assert second.exit_code == 0
     assert "Nothing was changed" in second.stdout

@@ -9,8 +9,6 @@ import pytest
 import trio
 
 from daemon.doctor import (
-    Finding,
-    Verdict,
     check_clocks,
     check_directories,
     check_files_limit,
@@ -21,6 +19,7 @@ from daemon.doctor import (
     check_store,
     examine,
 )
+from daemon.findings import Finding, Verdict
 from daemon.initialise import initialise, open_lease_store
 from daemon.settings import ConnectorKind, Loaded, Settings, StoreKind
 

@@ -18,7 +18,6 @@ from daemon.firestore.documents import (
     Moment,
     bytes_of,
     delete_write,
-    encode,
     stamp_from,
     stamp_of,
     text_of,
@@ -26,8 +25,6 @@ from daemon.firestore.documents import (
 from daemon.firestore.errors import Refused
 from daemon.firestore.fencing import FencedWriter
 from daemon.firestore.layout import (
-    ACCOUNTS,
-    ARCHIVE,
     PARTS,
     Layout,
     account_write,
@@ -41,7 +38,8 @@ from daemon.firestore.layout import (
     read_message,
     read_parts,
 )
-from daemon.firestore.protos import Proto, RunQueryRequest, Write
+from daemon.firestore.protos import Proto, Write
+from daemon.firestore.queries import all_accounts, archived
 from machine.ports import (
     AccountExists,
     AccountStore,
@@ -84,14 +82,12 @@ class FirestoreAccountStore(AccountStore):
     # --- reading
 
     async def list_accounts(self) -> Listing:
-        request = RunQueryRequest(parent=self._layout.parent)
-        request.structured_query.from_.add(collection_id=ACCOUNTS)
         copies: list[AccountCopy] = []
 
         def take(documents: list[Proto]) -> None:
             copies.extend(map(read_account, documents))
 
-        await self._client.run_query(request, take)
+        await self._client.run_query(all_accounts(self._layout), take)
         return Listing(tuple(copies))
 
     async def fetch_account(self, account_id: AccountId) -> AccountCopy | None:
@@ -389,18 +385,10 @@ class FirestoreAccountStore(AccountStore):
 
     async def _purge_archive(self, grant: Grant, account_id: AccountId) -> None:
         """Destroy everything that was ever archived of an account."""
-        request = RunQueryRequest(parent=self._layout.parent)
-        query = request.structured_query
-        query.from_.add(collection_id=ARCHIVE)
-        query.select.fields.add(field_path="accountId")
-        where = query.where.field_filter
-        where.field.field_path = "accountId"
-        where.op = type(where).EQUAL
-        encode(where.value, str(account_id))
-        archived: list[Proto] = []
-        await self._client.run_query(request, archived.extend)
+        found: list[Proto] = []
+        await self._client.run_query(archived(self._layout, account_id), found.extend)
         doomed: list[Proto] = []
-        for document in archived:
+        for document in found:
             doomed += await self._client.list_documents(document.name, PARTS)
             doomed.append(document)
         for chunk in _chunks([delete_write(DocumentName(one.name)) for one in doomed]):

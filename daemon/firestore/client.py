@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import trio
@@ -74,6 +75,10 @@ class Operations:
     listens: int = 0
 
 
+Metadata = tuple[tuple[str, str], ...]
+"""What a call carries beside its request."""
+
+
 class FirestoreClient:
     """Calls to one database. Made by `open_firestore`, and usable until its block ends.
 
@@ -93,6 +98,11 @@ class FirestoreClient:
             ("x-goog-request-params", f"project_id={project}&database_id={database}"),
         )
         self._lines = {line: _Line(line, emulator_host) for line in Line}
+
+    @property
+    def account(self) -> str | None:
+        """Whose credentials these are, where that is known: a service account's address."""
+        return self._access.account
 
     def document(self, *segments: str) -> DocumentName:
         """The full name of a document: collection, document id, collection, document id, …"""
@@ -184,6 +194,27 @@ class FirestoreClient:
         self.operations.writes += len(writes) - deletes
         return response
 
+    async def get_as_stranger(self, name: DocumentName) -> Proto:
+        """Read one document as who has no credentials: the security rules decide, not IAM.
+
+        Raises `Forbidden` where they say no; `Refused` where they let in and nothing is there.
+        """
+        await trio.lowlevel.checkpoint()
+        request = protos.GetDocumentRequest(name=name)
+        return await self._ask(Line.DATA, "GetDocument", request, self._routing)
+
+    async def call_other(
+        self, path: str, request: Proto, answer: Any, routing: tuple[str, str]
+    ) -> Proto:
+        """Call `path`, a method of another service on Firestore's host, answered by an `answer`.
+
+        `routing` is the request's field that says what it is about, and its value.
+        """
+        field, value = routing
+        header = ("x-goog-request-params", f"{field}={quote(value, safe='/')}")
+        access = await self._metadata_of_access()
+        return await self._ask(Line.DATA, path, request, (header, *access), answer)
+
     def open_listen(self, request: Proto) -> AbstractAsyncContextManager[Stream]:
         """Open a Listen stream with one target; ends its call with the block.
 
@@ -226,21 +257,29 @@ class FirestoreClient:
 
     async def _call(self, name: Line, method: str, request: Proto) -> Proto:
         metadata = await self._metadata()
+        return await self._ask(name, method, request, metadata)
+
+    async def _ask(
+        self, name: Line, method: str, request: Proto, metadata: Metadata, answer: Any = None
+    ) -> Proto:
+        """Make a unary call: of Firestore, or by its full name with the class of its `answer`."""
         with self._lines[name].use() as channel:
-            future = channel.unary[method].future(
-                request, timeout=_seconds_left(), metadata=metadata
-            )
+            call = channel.unary[method] if answer is None else channel.other(method, answer)
+            future = call.future(request, timeout=_seconds_left(), metadata=metadata)
             await _wait_done(future)
             status = future.code()
             if status is not grpc.StatusCode.OK:
-                raise error_for(method, status, future.details() or "")
+                raise error_for(method.rpartition("/")[2], status, future.details() or "")
             self.operations.calls += 1
             return future.result()
 
-    async def _metadata(self) -> tuple[tuple[str, str], ...]:
+    async def _metadata(self) -> Metadata:
+        return self._routing + await self._metadata_of_access()
+
+    async def _metadata_of_access(self) -> Metadata:
         # Also the checkpoint of every call: a caller whose time is up sends nothing.
         await trio.lowlevel.checkpoint()
-        return self._routing + await self._access.metadata()
+        return await self._access.metadata()
 
     def _close(self) -> None:
         for line in self._lines.values():
@@ -350,6 +389,12 @@ class _Channel:
             protos.SERVICE + "Listen",
             request_serializer=_serialize,
             response_deserializer=protos.ListenResponse.FromString,
+        )
+
+    def other(self, path: str, answer: Any) -> Any:
+        """A method that is not Firestore's own."""
+        return self._grpc.unary_unary(
+            path, request_serializer=_serialize, response_deserializer=answer.FromString
         )
 
     def close(self) -> None:

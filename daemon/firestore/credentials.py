@@ -26,6 +26,11 @@ REFRESH_PAUSE_S = 5.0
 class Access(Protocol):
     """What puts the authorization into a call's metadata."""
 
+    @property
+    def account(self) -> str | None:
+        """Whose access it is, where that is known: a service account's address."""
+        ...
+
     async def metadata(self) -> tuple[tuple[str, str], ...]:
         """Usually returns at once. Raises `StoreUnavailable`, `StoreMisconfigured`."""
         ...
@@ -33,6 +38,8 @@ class Access(Protocol):
 
 class EmulatorAccess:
     """The emulator's fixed word for "past all rules"; no secret."""
+
+    account = None
 
     async def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", "Bearer owner"),)
@@ -51,6 +58,12 @@ class GoogleAccess:
         self._wanted = trio.Event()
         self._answered = trio.Event()
         self._trouble: Exception | None = None
+
+    @property
+    def account(self) -> str | None:
+        """The service account's address; Compute Engine's is known once it has a token."""
+        account: str | None = getattr(self._credentials, "service_account_email", None)
+        return None if account == "default" else account
 
     async def metadata(self) -> tuple[tuple[str, str], ...]:
         """The header to send. Waits only while no valid one is there, as long as the caller lets.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 from machine.ports import StoreMisconfigured, StoreUnavailable
@@ -21,9 +23,31 @@ _FOR_GOOD = {
     grpc.StatusCode.UNIMPLEMENTED: "this server does not speak Firestore's v1 protocol",
 }
 
-_DATABASE_SIGNS = ("the database", "datastore mode", "requires an index", "has not been used")
+_DATABASE_SIGNS = ("the database", "datastore mode", "has not been used")
 """In the details of a refusal that no other write would get around: the database is missing or of
-the other kind, the API is off, an index is missing. Compared in lower case."""
+the other kind, the API is off. Compared in lower case."""
+
+_INDEX_SIGN = re.compile(r"requires an? (\S+ )?index")
+"""A query that has no index: a composite one ("requires an index"), or that of a field which
+somebody exempted ("requires a COLLECTION_ASC index"). In lower case."""
+
+
+_OTHER_DATABASE = (
+    "create the database in Native mode, or correct WATCHKEEPER_FIRESTORE_PROJECT and _DATABASE"
+)
+_NO_INDEX = (
+    "deploy deploy/firestore/firestore.indexes.json; an exemption of a field that is asked for by "
+    "value must go"
+)
+
+
+class Forbidden(StoreMisconfigured):
+    """Firestore refuses `method` for good; `details` are the server's words."""
+
+    def __init__(self, method: str, status: grpc.StatusCode, details: str, advice: str) -> None:
+        self.status = status
+        self.details = details
+        super().__init__(f"Firestore refuses {method} ({status.name.lower()}): {details}; {advice}")
 
 
 class Refused(Exception):
@@ -47,13 +71,10 @@ def error_for(method: str, status: grpc.StatusCode, details: str) -> Exception:
     words = details.lower()
     if status in _REFUSED:
         if any(sign in words for sign in _DATABASE_SIGNS):
-            return StoreMisconfigured(
-                f"Firestore refuses {method} ({code}): {details}; create the database in Native "
-                "mode, or correct WATCHKEEPER_FIRESTORE_PROJECT and _DATABASE"
-            )
+            return Forbidden(method, status, details, _OTHER_DATABASE)
+        if _INDEX_SIGN.search(words):
+            return Forbidden(method, status, details, _NO_INDEX)
         return Refused(method, code)
     if status in _FOR_GOOD:
-        return StoreMisconfigured(
-            f"Firestore refuses {method} ({code}): {details}; {_FOR_GOOD[status]}"
-        )
+        return Forbidden(method, status, details, _FOR_GOOD[status])
     return StoreUnavailable(f"{method} ended with {code}: {details}", code=code)

@@ -8,16 +8,14 @@ from daemon.firestore.client import FirestoreClient
 from daemon.firestore.documents import (
     DocumentName,
     MalformedDocument,
-    Moment,
     delete_write,
-    encode,
     text_of,
 )
 from daemon.firestore.errors import Refused
 from daemon.firestore.fencing import FencedWriter
-from daemon.firestore.layout import INBOX, Layout, inbox_place, inbox_range, read_inbound
-from daemon.firestore.outbox import PURGE_BATCH_MAX
-from daemon.firestore.protos import Proto, RunQueryRequest
+from daemon.firestore.layout import Layout, inbox_place, inbox_range, read_inbound
+from daemon.firestore.protos import Proto
+from daemon.firestore.queries import PURGE_BATCH_MAX, inbox_page, old_inbox
 from machine.ports import InboxStore, StoreUnavailable
 from machine.records import AccountId, Grant, InboxEntry, InboxPlace
 
@@ -51,7 +49,8 @@ class FirestoreInboxStore(InboxStore):
         while len(entries) < count_max:
             wanted = count_max - len(entries)
             page: list[Proto] = []
-            await self._client.run_query(self._page(lowest, highest, wanted), page.extend)
+            query = inbox_page(self._layout, lowest, highest, wanted)
+            await self._client.run_query(query, page.extend)
             for document in page:
                 lowest = document.fields["place"].string_value
                 try:
@@ -70,7 +69,7 @@ class FirestoreInboxStore(InboxStore):
         while purged < count_max:
             wanted = min(PURGE_BATCH_MAX, count_max - purged)
             page: list[Proto] = []
-            await self._client.run_query(self._old_messages(before, wanted), page.extend)
+            await self._client.run_query(old_inbox(self._layout, before, wanted), page.extend)
             if page:
                 try:
                     await self._writer.commit(
@@ -82,35 +81,3 @@ class FirestoreInboxStore(InboxStore):
             if len(page) < wanted:
                 break
         return purged
-
-    def _query(self) -> Proto:
-        request = RunQueryRequest(parent=self._layout.parent)
-        request.structured_query.from_.add(collection_id=INBOX)
-        return request
-
-    def _page(self, lowest: str, highest: str, count: int) -> Proto:
-        """Messages whose place is between two, in order. One field: no index of our own."""
-        request = self._query()
-        query = request.structured_query
-        both = query.where.composite_filter
-        both.op = type(both).AND
-        for bound, place in (("GREATER_THAN", lowest), ("LESS_THAN", highest)):
-            one = both.filters.add().field_filter
-            one.field.field_path = "place"
-            one.op = getattr(type(one), bound)
-            encode(one.value, place)
-        query.order_by.add(direction=1).field.field_path = "place"
-        query.limit.value = count
-        return request
-
-    def _old_messages(self, before: float, count: int) -> Proto:
-        request = self._query()
-        query = request.structured_query
-        query.select.fields.add(field_path="receivedAt")
-        where = query.where.field_filter
-        where.field.field_path = "receivedAt"
-        where.op = type(where).LESS_THAN
-        encode(where.value, Moment(before))
-        query.order_by.add(direction=1).field.field_path = "receivedAt"
-        query.limit.value = count
-        return request

@@ -11,18 +11,15 @@ from daemon.firestore.documents import (
     MalformedDocument,
     Moment,
     delete_write,
-    encode,
     text_of,
 )
 from daemon.firestore.errors import Refused
 from daemon.firestore.fencing import FencedWriter
-from daemon.firestore.layout import OUTBOX, Layout, is_newer, read_message
-from daemon.firestore.protos import Proto, RunQueryRequest, Value
+from daemon.firestore.layout import Layout, is_newer, read_message
+from daemon.firestore.protos import Proto
+from daemon.firestore.queries import PURGE_BATCH_MAX, old_messages, pending_messages
 from machine.ports import OutboxStore, StoreMisconfigured, StoreUnavailable
 from machine.records import PENDING_STATES, Grant, Message, MessageId
-
-PURGE_BATCH_MAX = 400
-"""Deletes in one commit."""
 
 
 class FirestoreOutboxStore(OutboxStore):
@@ -44,11 +41,6 @@ class FirestoreOutboxStore(OutboxStore):
         self._note_unreadable = note_trouble
 
     async def list_pending(self) -> Sequence[Message]:
-        request = self._query()
-        where = request.structured_query.where.field_filter
-        where.field.field_path = "state"
-        where.op = type(where).IN
-        encode(where.value, sorted(state.value for state in PENDING_STATES))
         pending: list[Message] = []
 
         def take(documents: list[Proto]) -> None:
@@ -60,8 +52,7 @@ class FirestoreOutboxStore(OutboxStore):
                         f"message {text_of(document.name)} cannot be read and stays: {error}"
                     )
 
-        await self._outbox_client.run_query(request, take)
-        # Ordered here: with an order of Firestore's the query would need a composite index.
+        await self._outbox_client.run_query(pending_messages(self._outbox_layout), take)
         return sorted(pending, key=lambda message: (message.created_at, message.message_id))
 
     async def fetch_message(self, message_id: MessageId) -> Message | None:
@@ -86,7 +77,8 @@ class FirestoreOutboxStore(OutboxStore):
         pending = {state.value for state in PENDING_STATES}
         while purged < count_max:
             page: list[Proto] = []
-            await self._outbox_client.run_query(self._old_messages(before, last), page.extend)
+            query = old_messages(self._outbox_layout, before, last)
+            await self._outbox_client.run_query(query, page.extend)
             settled = [
                 document
                 for document in page
@@ -105,28 +97,3 @@ class FirestoreOutboxStore(OutboxStore):
             at = Fields(page[-1]).moment("updatedAt")
             last = (Moment(at), DocumentName(page[-1].name))
         return purged
-
-    def _query(self) -> Proto:
-        request = RunQueryRequest(parent=self._outbox_layout.parent)
-        request.structured_query.from_.add(collection_id=OUTBOX)
-        return request
-
-    def _old_messages(self, before: float, last: tuple[Moment, DocumentName] | None) -> Proto:
-        """One page of messages older than `before`, oldest first, after `last`."""
-        request = self._query()
-        query = request.structured_query
-        for path in ("updatedAt", "state", "format"):
-            query.select.fields.add(field_path=path)
-        where = query.where.field_filter
-        where.field.field_path = "updatedAt"
-        where.op = type(where).LESS_THAN
-        encode(where.value, Moment(before))
-        for path in ("updatedAt", "__name__"):
-            query.order_by.add(direction=1).field.field_path = path
-        if last is not None:
-            moment = Value()
-            encode(moment, last[0])
-            query.start_at.values.extend([moment, Value(reference_value=last[1])])
-            query.start_at.before = False
-        query.limit.value = PURGE_BATCH_MAX
-        return request

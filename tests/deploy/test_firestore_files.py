@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from daemon.firestore import layout
+from daemon.firestore.inspection import EXEMPT
 
 FILES = Path(__file__).resolve().parents[2] / "deploy" / "firestore"
 
@@ -15,6 +16,7 @@ def test_blobs_and_texts_are_exempt_from_indexes_and_nothing_else_is() -> None:
     exempt = {(each["collectionGroup"], each["fieldPath"]) for each in content["fieldOverrides"]}
     packed = {(name, "packed") for name in (layout.ACCOUNTS, layout.PARTS, layout.ARCHIVE)}
     assert exempt == packed | {(layout.OUTBOX, "text"), (layout.INBOX, "text")}
+    assert exempt == set(EXEMPT), "what `watchkeeper init` looks for is what is deployed"
     assert all(each["indexes"] == [] for each in content["fieldOverrides"])
     assert content["indexes"] == []
 

@@ -201,7 +201,7 @@ async def test_doctor_and_config_before_and_beside_a_running_instance(group: Clu
     assert before.json()["ok"] is (before.code == 0)
     made = await command(node, "init", "--json")
     if made.code == 0:
-        assert set(made.json()) == {"created", "group"}
+        assert set(made.json()) == {"ok", "created", "group", "findings"}
     await group.restart(node, state="ACTIVE")
     told = await command(node, "doctor", "--json")
     assert told.code == 0, told.out
