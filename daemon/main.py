@@ -470,6 +470,11 @@ def _watch_instance(journal: LoguruJournal, instance: Instance) -> None:
     journal.metrics.watch_labelled(
         "accounts", "Accounts in memory.", "status", partial(_count_accounts, instance)
     )
+    watch(
+        "client_refused",
+        "1 while WhatsApp refuses this client's version in this term.",
+        lambda: float(instance.term is not None and instance.term.client_refused is not None),
+    )
     watch("lease_remaining_seconds", "Until the lease ends if not renewed.", remaining_s)
     watch("outbox_messages", "Messages accepted and not yet acknowledged.", depth)
     watch(

@@ -139,7 +139,12 @@ async def test_what_rules_and_dashboard_speak_of_is_there(metrics: str) -> None:
     for text in (RULES.read_text(), *expressions()):
         assert set(re.findall(r'state="(\w+)"', text)) <= states
         assert set(re.findall(r'status="(\w+)"', text)) <= statuses
-    assert 'watchkeeper_events_total{event="session.doubled"} 0.0' in metrics
+    events = set(re.findall(r'watchkeeper_events_total\{event="([\w.]+)"\}', metrics))
+    for text in (RULES.read_text(), *expressions()):
+        for pattern in re.findall(r'event=~?"([^"]+)"', text):
+            # Each alternative of the pattern is an event.
+            named = {event for event in events if re.fullmatch(pattern, event)}
+            assert len(named) == pattern.count("|") + 1, pattern
 
 
 @pytest.mark.system
