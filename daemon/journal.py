@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,6 +45,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from daemon import journald
 from machine.events import EVENTS, EventKind
 from machine.ports import Level
 from machine.states import INITIAL, State
@@ -183,20 +184,29 @@ def _is_secret(name: str) -> bool:
     return any(word.lower() in SECRET_WORDS for word in _WORDS.findall(name))
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the log as text, and as systemd's journal gets it where that is where it goes."""
+
+    text: str
+    level: str = "warning"
+    entry: bytes = b""
+
+
 class LineWriter:
     """A bounded queue of lines and the thread that writes them. `put` never waits."""
 
     def __init__(
-        self, write: Callable[[str], object], *, lines_max: int = LINES_WAITING_MAX
+        self, write: Callable[[Sequence[Line]], object], *, lines_max: int = LINES_WAITING_MAX
     ) -> None:
         self.dropped = 0
         self._write = write
-        self._lines: queue.Queue[str | None] = queue.Queue(lines_max)
+        self._lines: queue.Queue[Line | None] = queue.Queue(lines_max)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def put(self, line: str) -> None:
+    def put(self, line: Line) -> None:
         """Queue a line, or count it as dropped when the queue is full or closed."""
         if self._closing.is_set():
             self.dropped += 1
@@ -221,23 +231,23 @@ class LineWriter:
             missing = self.dropped - reported
             if missing and self._lines.empty():
                 reported += missing
-                self._try_write(f"{missing} log lines were dropped: nobody read them fast enough\n")
+                told = f"{missing} log lines were dropped: nobody read them fast enough"
+                self._try_write([Line(told)])
             if self._closing.is_set() and self._lines.empty():
                 return
 
-    def _write_batch(self, first: str | None) -> None:
+    def _write_batch(self, first: Line | None) -> None:
         """Write what has come together: one system call a line would cost more than the line."""
         lines = [first]
         with suppress(queue.Empty):
             while len(lines) < BATCH_LINES_MAX:
                 lines.append(self._lines.get_nowait())
-        text = "".join(f"{line}\n" for line in lines if line is not None)
-        if text:
-            self._try_write(text)
+        if written := [line for line in lines if line is not None]:
+            self._try_write(written)
 
-    def _try_write(self, text: str) -> None:
+    def _try_write(self, lines: Sequence[Line]) -> None:
         try:
-            self._write(text)
+            self._write(lines)
         except (OSError, ValueError):
             # The stream is closed or broken. Nobody is left to tell, but the count.
             self.dropped += 1
@@ -517,13 +527,16 @@ def _shown(value: object) -> object:
 class _Lines:
     """Makes a line of a loguru message, as text or as JSON."""
 
-    def __init__(self, instance: str, redaction: Redaction, *, json_lines: bool, colours: bool):
+    def __init__(
+        self, instance: str, redaction: Redaction, *, json_lines: bool, colours: bool, entries: bool
+    ):
         self._instance = instance
         self._redaction = redaction
         self._json = json_lines
         self._colours = colours
+        self._entries = entries
 
-    def line(self, message: Message) -> str:
+    def line(self, message: Message) -> Line:
         """One line, never more: line breaks in what others wrote are escaped."""
         record = message.record
         noted = record["extra"].get("noted")
@@ -533,40 +546,59 @@ class _Lines:
         text = noted.message if noted else self._redaction.text(record["message"])
         if record["exception"] is not None:
             text += " | " + self._redaction.text(_traceback(record["exception"]))
+        known = self._context(noted, record["extra"])
+        clean = self._clean(text, known)
         if self._json:
-            return self._json_line(stamp, level, text, record["extra"])
-        return self._text_line(stamp, level, text)
+            told = {
+                "ts": stamp,
+                "level": level.lower(),
+                "event": known["event"],
+                "message": text[:LINE_CHARACTERS_MAX],
+                **known,
+                "fields": dict(noted.fields) if noted else {},
+            }
+            shown = full = _JSON.encode(told)
+        else:
+            # The journal shows when, how bad and whose it is by itself.
+            shown, full = clean, self._text_line(stamp, level, clean)
+        if not self._entries:
+            return Line(full)
+        fields = {_in_journal(name): value for name, value in known.items()}
+        return Line(full, level.lower(), journald.encode(level.lower(), shown, fields))
 
-    def _json_line(self, stamp: str, level: str, text: str, extra: Mapping[str, Any]) -> str:
-        noted: Noted | None = extra.get("noted")
-        fields = dict(noted.fields) if noted else {}
-        entry: dict[str, object] = {
-            "ts": stamp,
-            "level": level.lower(),
+    def _context(self, noted: Noted | None, extra: Mapping[str, Any]) -> dict[str, object]:
+        """What a line is about, as far as that is known, by JSON's names."""
+        known: dict[str, object] = {
             "event": noted.event if noted else "library.logged",
-            "message": text[:LINE_CHARACTERS_MAX],
             "instance": self._instance,
         }
+        fields = noted.fields if noted else {}
         if epoch := fields.get("epoch", extra.get("epoch")):
-            entry["epoch"] = epoch
+            known["epoch"] = epoch
         if account_id := fields.get("account_id"):
-            entry["accountId"] = account_id
+            known["accountId"] = account_id
         if (request_id := present_request()) is not None:
-            entry["requestId"] = request_id
+            known["requestId"] = request_id
         if "logger" in extra:
-            entry["logger"] = extra["logger"]
-        entry["fields"] = fields
-        return _JSON.encode(entry)
+            known["logger"] = extra["logger"]
+        return known
 
-    def _text_line(self, stamp: str, level: str, text: str) -> str:
-        request_id = present_request()
-        suffix = f" [request {request_id}]" if request_id else ""
+    def _clean(self, text: str, known: Mapping[str, object]) -> str:
+        suffix = f" [request {known['requestId']}]" if "requestId" in known else ""
+        return _CONTROL.sub(_escaped, text + suffix)[:LINE_CHARACTERS_MAX]
+
+    def _text_line(self, stamp: str, level: str, clean: str) -> str:
         moment = stamp.replace("T", " ").replace("+00:00", "Z")
-        clean = _CONTROL.sub(_escaped, text + suffix)[:LINE_CHARACTERS_MAX]
         line = f"{moment} {level:<7} {self._instance} | {clean}"
         if self._colours and level in _COLOURS:
             return f"{_COLOURS[level]}{line}\x1b[0m"
         return line
+
+
+@lru_cache(maxsize=64)
+def _in_journal(name: str) -> str:
+    """A name as the journal spells it: accountId is ACCOUNT_ID there."""
+    return re.sub(r"([A-Z])", r"_\1", name).upper()
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -614,9 +646,12 @@ def open_journal(
     stream: TextIO | None = None,
     events: Mapping[str, EventKind] = EVENTS,
     metrics: Metrics | None = None,
+    system_journal: str = journald.SOCKET,
 ) -> Iterator[LoguruJournal]:
     """Log to `stream` (stderr) from `level` on, until the block ends; then flush for up to 1 s.
 
+    Where systemd has connected that stream to its journal, entries with fields go there directly,
+    to the socket `system_journal`; only what it does not take goes to the stream.
     `secrets` are masked wherever they turn up. Takes over the root logger for that time.
     """
     out = stream if stream is not None else sys.stderr
@@ -625,8 +660,16 @@ def open_journal(
         instance, metrics=metrics or Metrics(), redaction=redaction, events=events, level=level
     )
     colours = not json_lines and out.isatty() and not os.environ.get("NO_COLOR")
-    lines = _Lines(instance, redaction, json_lines=json_lines, colours=colours)
-    writer = LineWriter(_write_to(out))
+    descriptor = _descriptor_of(out)
+    system = None
+    write = _write_to(out, descriptor)
+    if descriptor is not None and journald.is_behind(descriptor):
+        system = journald.Journald(system_journal)
+        write = _write_to_journal(system, write)
+    lines = _Lines(
+        instance, redaction, json_lines=json_lines, colours=colours, entries=system is not None
+    )
+    writer = LineWriter(write)
     journal.metrics.watch(
         "log_lines_dropped", "Log lines dropped: nobody read them.", lambda: writer.dropped
     )
@@ -660,23 +703,46 @@ def open_journal(
         root.setLevel(former_level)
         logger.remove(sink_id)
         writer.close()
+        if system is not None:
+            system.close()
 
 
-def _write_to(stream: TextIO) -> Callable[[str], object]:
+Write = Callable[[Sequence[Line]], object]
+
+
+def _descriptor_of(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _write_to(stream: TextIO, descriptor: int | None) -> Write:
     """Write past the stream's own buffer where there is a file behind it.
 
     A thread that is stuck in a buffered write holds the buffer's lock, and Python aborts at exit
     when it cannot get it.
     """
-    try:
-        descriptor = stream.fileno()
-    except (OSError, ValueError, AttributeError):
-        return stream.write
 
-    def write(line: str) -> None:
-        rest = memoryview(line.encode("utf-8", "backslashreplace"))
+    def write(lines: Sequence[Line]) -> None:
+        text = "".join(f"{line.text}\n" for line in lines)
+        if descriptor is None:
+            stream.write(text)
+            return
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+
+    return write
+
+
+def _write_to_journal(system: journald.Journald, otherwise: Write) -> Write:
+    """Send each line as an entry; what the journal does not take goes the other way, marked."""
+
+    def write(lines: Sequence[Line]) -> None:
+        for line in lines:
+            if not (line.entry and system.send(line.entry)):
+                otherwise([Line(journald.prefixed(line.level, line.text))])
 
     return write
 

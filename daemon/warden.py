@@ -1,10 +1,11 @@
 """The daemon's parent: it kills a daemon that outlives its lease, and gives the lease back for it.
 
-Standard library only, one thread, no event loop of its own: whatever wedges the daemon must not be
-able to wedge this. The daemon runs in a process group of its own, and tells over a pipe until when
-it may run (`State`); when that moment passes without a later one, the whole group gets SIGKILL,
-which stopped processes obey too. When the daemon dies while it holds the lease, its group is killed
-and awaited first, and then a short-lived process releases the lease in its name.
+Standard library only (`daemon.journald` is, too), one thread, no event loop of its own: whatever
+wedges the daemon must not be able to wedge this. The daemon runs in a process group of its own, and
+tells over a pipe until when it may run (`State`); when that moment passes without a later one, the
+whole group gets SIGKILL, which stopped processes obey too. When the daemon dies while it holds the
+lease, its group is killed and awaited first, and then a short-lived process releases the lease in
+its name.
 
 In a container this is process 1: signals are taken from its first instant on and forwarded, and
 orphans are reaped. It never restarts the daemon: it ends with the daemon's exit code (128 + n for
@@ -24,6 +25,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
+
+from daemon import journald
 
 FORWARDED = (
     signal.SIGTERM,
@@ -408,11 +411,20 @@ class Warden:
         self._tell("warden.not_released", epoch=self._epoch, error=error)
 
     def _tell(self, event: str, **fields: object) -> None:
-        tell(self._state, event, **fields)
+        tell(self._state, event, fields)
 
 
-def tell(state: State, event: str, **fields: object) -> None:
-    """Write a line to stderr that looks like the daemon's own; never waits, drops it instead."""
+def tell(
+    state: State,
+    event: str,
+    fields: Mapping[str, object],
+    *,
+    system_journal: str = journald.SOCKET,
+) -> None:
+    """Write a line to stderr that looks like the daemon's own; never waits, drops it instead.
+
+    To systemd's journal where stderr leads there, as the daemon does.
+    """
     level, sentence = EVENTS[event]
     now = time.time()
     stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03}"
@@ -426,11 +438,25 @@ def tell(state: State, event: str, **fields: object) -> None:
             "instance": state.instance,
             "fields": fields,
         }
-        line = json.dumps(told, ensure_ascii=False)
+        shown = line = json.dumps(told, ensure_ascii=False)
     else:
         moment = stamp.replace("T", " ")
-        line = f"{moment}Z {level.upper():<7} {state.instance} | {message}"
+        shown, line = message, f"{moment}Z {level.upper():<7} {state.instance} | {message}"
+    if journald.is_behind(2):
+        named = {"EVENT": event, "INSTANCE": state.instance, "EPOCH": fields.get("epoch")}
+        if _tell_journal(system_journal, journald.encode(level, shown, named)):
+            return
+        line = journald.prefixed(level, line)
     poll = select.poll()
     poll.register(2, select.POLLOUT)
     if any(ready & select.POLLOUT for _, ready in poll.poll(0)):
         os.write(2, line.encode()[: LINE_BYTES_MAX - 1] + b"\n")
+
+
+def _tell_journal(path: str, entry: bytes) -> bool:
+    system = journald.Journald(path)
+    try:
+        return system.send(entry, wait=False)
+    finally:
+        # Often our last word: the journal must find the process that said it.
+        system.close()

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import trio.testing
 
 from daemon.journal import (
     MASK,
+    Line,
     LineWriter,
     LoguruJournal,
     Metrics,
@@ -208,17 +209,17 @@ def test_stuck_stream_stops_nobody_and_what_is_dropped_is_counted() -> None:
     stuck, reached = threading.Event(), threading.Event()
     written: list[str] = []
 
-    def write(text: str) -> None:
+    def write(lines: Sequence[Line]) -> None:
         reached.set()
         stuck.wait(10)
-        written.append(text)
+        written.extend(line.text for line in lines)
 
     writer = LineWriter(write, lines_max=10)
-    writer.put("first")
+    writer.put(Line("first"))
     assert reached.wait(5)
     begun = time.perf_counter()
     for number in range(100):
-        writer.put(f"line {number}")
+        writer.put(Line(f"line {number}"))
     assert time.perf_counter() - begun < 0.5
     assert writer.dropped == 90
     stuck.set()

@@ -143,8 +143,8 @@ async def test_what_rules_and_dashboard_speak_of_is_there(metrics: str) -> None:
     for text in (RULES.read_text(), *expressions()):
         for pattern in re.findall(r'event=~?"([^"]+)"', text):
             # Each alternative of the pattern is an event.
-            named = {event for event in events if re.fullmatch(pattern, event)}
-            assert len(named) == pattern.count("|") + 1, pattern
+            matching = [event for event in events if re.fullmatch(pattern, event)]
+            assert len(matching) == pattern.count("|") + 1, pattern
 
 
 @pytest.mark.system

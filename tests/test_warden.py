@@ -401,7 +401,7 @@ def test_run_reaches_the_warden_before_anything_heavy_is_imported() -> None:
         "import sys\n"
         "import daemon.__main__\n"
         "import daemon.warden\n"
-        "own = ('daemon', 'daemon.__main__', 'daemon.warden')\n"
+        "own = ('daemon', 'daemon.__main__', 'daemon.warden', 'daemon.journald')\n"
         "foreign = {n for n in sys.modules if n.split('.')[0] not in sys.stdlib_module_names}\n"
         "print(sorted(n for n in foreign if n not in own and not n.startswith('__')))\n"
     )
@@ -423,7 +423,7 @@ def test_a_state_survives_the_pipe() -> None:
 
 
 def test_a_line_in_json_has_the_daemons_fields(capfd: pytest.CaptureFixture[str]) -> None:
-    warden.tell(State(instance="a", json_lines=True), "warden.released", epoch=4)
+    warden.tell(State(instance="a", json_lines=True), "warden.released", {"epoch": 4})
     (line,) = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
         r'\{"ts": "\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", "level": "warning", '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -18,6 +19,8 @@ from tests.deploy.host import Host, boot, missing, wait_until
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = ROOT / "deploy" / "systemd" / "install.sh"
 PORTS = {"a": 8081, "b": 8082}
+LISTENING = "0100007F:1F90"
+"""127.0.0.1:8080, as the kernel shows it."""
 
 pytestmark = [pytest.mark.system, pytest.mark.long]
 
@@ -173,6 +176,62 @@ def test_a_hung_standby_is_killed_and_started_again(host: Host) -> None:
         90,
     )
     print(f"standby hung -> ready again: {took_s:.1f} s")
+
+
+def entries(host: Host, *matches: str) -> list[dict[str, Any]]:
+    """What the journal has of them, oldest first."""
+    told = host.run("journalctl", "--no-pager", "-o", "json", *matches).stdout
+    return [json.loads(line) for line in told.splitlines()]
+
+
+def test_the_journal_finds_lines_by_event_account_and_how_bad_they_are(
+    host: Host, service: str
+) -> None:
+    wait_until("ACTIVE", lambda: is_active_holder(host, service))
+    account = {"accountId": "bert", "name": "Bert"}
+    host.ask(8080, "/api/whatsapp/accounts", method="POST", body=account)
+    (created,) = entries(host, "WATCHKEEPER_ACCOUNT_ID=bert", "WATCHKEEPER_EVENT=account.created")
+    assert created["MESSAGE"].startswith("account bert created [request ")
+    assert created["PRIORITY"] == "6"
+    assert int(created["WATCHKEEPER_EPOCH"]) >= 1
+    assert created["WATCHKEEPER_REQUEST_ID"]
+    # Journald's own word for whose it is, not ours.
+    assert created["_SYSTEMD_UNIT"] == service
+    assert created["SYSLOG_IDENTIFIER"] == "watchkeeper"
+
+    host.kill(signal.SIGKILL, daemon_of(host, service))
+    wait_until("started again", lambda: int(host.show(service, "NRestarts")) >= 1, 90)
+    wait_until("ACTIVE again", lambda: is_active_holder(host, service), 90)
+    errors = entries(host, "-u", service, "-p", "err")
+    assert "warden.daemon_died" in {entry.get("WATCHKEEPER_EVENT") for entry in errors}
+    warnings = entries(host, "-u", service, "-p", "warning")
+    assert {entry["PRIORITY"] for entry in warnings} <= {"3", "4"}
+    assert "account.created" not in {entry.get("WATCHKEEPER_EVENT") for entry in warnings}
+
+
+def test_the_last_words_of_a_service_are_its_own_in_the_journal(host: Host, service: str) -> None:
+    wait_until("ACTIVE", lambda: is_active_holder(host, service))
+    invocation = host.show(service, "InvocationID")
+    host.systemctl("stop", service)
+    told = entries(host, "-u", service, f"_SYSTEMD_INVOCATION_ID={invocation}")
+    events = [entry["WATCHKEEPER_EVENT"] for entry in told if "WATCHKEEPER_EVENT" in entry]
+    assert "lease.released" in events
+    # A refusal to start is the first and the last that a process says.
+    taken = "import socket,time;s=socket.create_server(('127.0.0.1',8080));time.sleep(60)"
+    host.run("systemd-run", "--unit=squatter", "/usr/bin/python3", "-c", taken)
+    try:
+        wait_until(
+            "the port is taken", lambda: LISTENING in host.run("cat", "/proc/net/tcp").stdout
+        )
+        host.systemctl("start", service, check=False)
+        wait_until(
+            "the refusal",
+            lambda: entries(host, "-u", service, "WATCHKEEPER_EVENT=instance.refused"),
+        )
+    finally:
+        host.systemctl("stop", "squatter", check=False)
+        host.systemctl("reset-failed", service, check=False)
+        host.systemctl("start", service)
 
 
 def test_a_killed_service_is_back_by_itself(host: Host, service: str) -> None:
