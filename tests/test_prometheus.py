@@ -7,13 +7,16 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import trio
 
-from tests.system.cluster import Cluster, Node, open_cluster, sqlite_env
+from tests.system.cluster import TOKEN, Cluster, Node, free_port, open_cluster, sqlite_env
 from tests.system.steps import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,13 +34,18 @@ ELSEWHERE = {
 """Metrics that come with Firestore or with Baileys' bridge, and what names them in the code."""
 
 
-def promtool(*arguments: str | Path, given: str | None = None) -> str:
-    """What promtool says. Fails when it finds a fault."""
-    if shutil.which("promtool") is None:
-        missing = "no promtool: install Debian's package prometheus"
+def need(program: str) -> None:
+    """Skip without `program`; fail in CI."""
+    if shutil.which(program) is None:
+        missing = f"no {program}: install Debian's package prometheus"
         if os.environ.get("CI"):
             pytest.fail(missing, pytrace=False)
         pytest.skip(missing)
+
+
+def promtool(*arguments: str | Path, given: str | None = None) -> str:
+    """What promtool says. Fails when it finds a fault."""
+    need("promtool")
     done = subprocess.run(
         ["promtool", *arguments], input=given, capture_output=True, text=True, check=False
     )
@@ -164,3 +172,139 @@ async def test_metrics_have_units_and_help_and_say_what_happened(metrics: str) -
         "watchkeeper_lease_losses_total 0.0",
     ):
         assert shown in metrics, shown
+
+
+# --- a real Prometheus -----------------------------------------------------------------------
+
+
+class Prometheus:
+    """A Prometheus that scrapes every half second, with our rules and none of their waiting."""
+
+    def __init__(self, client: httpx.AsyncClient, port: int) -> None:
+        self._client = client
+        self._url = f"http://127.0.0.1:{port}/api/v1"
+
+    async def get(self, path: str, **query: str) -> Any:
+        answer = (await self._client.get(f"{self._url}/{path}", params=query)).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    async def value(self, query: str) -> list[str]:
+        """The values of the series that there are now."""
+        return [found["value"][1] for found in (await self.get("query", query=query))["result"]]
+
+    async def firing(self) -> set[str]:
+        alerts = (await self.get("alerts"))["alerts"]
+        return {each["labels"]["alertname"] for each in alerts if each["state"] == "firing"}
+
+
+@contextmanager
+def start_prometheus(directory: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, for the configuration in `directory`; ended with the block."""
+    need("prometheus")
+    with (directory / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                *("prometheus", f"--config.file={directory / 'prometheus.yml'}"),
+                f"--storage.tsdb.path={directory / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+@asynccontextmanager
+async def open_prometheus(directory: Path, jobs: list[dict[str, Any]]) -> AsyncIterator[Prometheus]:
+    """Start one with these jobs; returns when it answers."""
+    at_once = re.sub(r"^( +for:) \w+$", r"\1 0s", RULES.read_text(), flags=re.MULTILINE)
+    assert at_once != RULES.read_text()
+    (directory / "rules.yml").write_text(at_once)
+    often = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    config = {"global": often, "rule_files": ["rules.yml"], "scrape_configs": jobs}
+    # JSON is YAML.
+    (directory / "prometheus.yml").write_text(json.dumps(config))
+    port = free_port()
+    with start_prometheus(directory, port) as process:
+        async with httpx.AsyncClient(timeout=5) as client:
+
+            async def ready() -> bool:
+                assert process.poll() is None, (directory / "prometheus.log").read_text()
+                with suppress(httpx.TransportError):
+                    answer = await client.get(f"http://127.0.0.1:{port}/-/ready")
+                    return answer.status_code == 200
+                return False
+
+            await wait_so("Prometheus to be ready", ready)
+            yield Prometheus(client, port)
+
+
+async def wait_so(what: str, seen: Callable[[], Awaitable[object]]) -> None:
+    """Look until it is so."""
+    with trio.move_on_after(20) as waited:
+        while not await seen():
+            await trio.sleep(0.2)
+    assert not waited.cancelled_caught, f"waited 20 s in vain for: {what}"
+
+
+@pytest.mark.system
+@pytest.mark.long
+async def test_a_real_prometheus_scrapes_an_instance_and_wakes_somebody(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "token").write_text(TOKEN)
+    async with open_cluster(tmp_path, sqlite_env(tmp_path)) as cluster:
+        bind = f"127.0.0.1:{port}"
+        node = await cluster.start("a", state="ACTIVE", WATCHKEEPER_METRICS_BIND=bind, **ALONE)
+        jobs: list[dict[str, Any]] = [
+            {"job_name": "open", "static_configs": [{"targets": [bind]}]},
+            {
+                "job_name": "token",
+                "authorization": {"credentials_file": str(tmp_path / "token")},
+                "static_configs": [{"targets": [f"127.0.0.1:{node.port}"]}],
+                # Scraped to see that it can be. Its series are another instance's to the rules.
+                "metric_relabel_configs": [
+                    {"source_labels": ["__name__"], "regex": "watchkeeper_.*", "action": "drop"}
+                ],
+            },
+        ]
+        async with open_prometheus(tmp_path, jobs) as prometheus:
+
+            async def up() -> bool:
+                return await prometheus.value("up") == ["1", "1"]
+
+            await wait_so("both ways to scrape", up)
+
+            async def one_active() -> bool:
+                return await prometheus.value("group:watchkeeper_active:sum") == ["1"]
+
+            await wait_so("the instance's state", one_active)
+
+            async def evaluated() -> bool:
+                groups = (await prometheus.get("rules"))["groups"]
+                rules = [rule for group in groups for rule in group["rules"]]
+                assert len(rules) == len(ALERTS) + 3
+                assert not [rule for rule in rules if rule["health"] == "err"], rules
+                return all(rule["health"] == "ok" for rule in rules)
+
+            await wait_so("every rule to be healthy", evaluated)
+
+            async def as_it_should() -> bool:
+                # Before the first scrape nobody seemed to be there.
+                return await prometheus.firing() == {"WatchkeeperNoStandby"}
+
+            await wait_so("the one alert that there is cause for", as_it_should)
+            assert await node.stop() == 0
+
+            async def woken() -> bool:
+                return "WatchkeeperNoActive" in await prometheus.firing()
+
+            await wait_so("an alert that nobody is ACTIVE", woken)
