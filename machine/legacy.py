@@ -82,6 +82,8 @@ class LegacyImport:
         self._ports = ports
         self._limits = limits
         self._failed = failed
+        # Listed because of a directory alone: there is nothing of them in any store.
+        self._broken: set[AccountId] = set()
 
     async def take_over(
         self, directory: str | None, *, except_for: Collection[AccountId] = ()
@@ -89,9 +91,10 @@ class LegacyImport:
         """Create an account for each directory that has none; the sessions to open.
 
         `directory` `None`: the configured one. Accounts in memory and those in `except_for` are
-        passed over without being read. What fails is told to `failed`, and tried again next time.
+        passed over without being read. What fails is told to `failed`, and tried again next time:
+        somebody may have mended it.
         """
-        known = {*self._term.sessions, *except_for}
+        known = ({*self._term.sessions} - self._broken).union(except_for)
         try:
             with trio.fail_after(self._limits.import_try_s):
                 found = await self._ports.legacy.scan(directory, known=known)
@@ -104,15 +107,21 @@ class LegacyImport:
             return []
         created: list[Session] = []
         for item in found:
-            if item.account_id in known or item.account_id in self._term.sessions:
+            session = self._term.sessions.get(item.account_id)
+            if item.account_id in known or not (session is None or self._is_broken(session)):
                 continue
             if isinstance(item, LegacyFault):
                 self._quarantine(item)
             else:
                 session = await self._create(item)
                 if session is not None:
+                    self._broken.discard(item.account_id)
                     created.append(session)
         return created
+
+    def _is_broken(self, session: Session) -> bool:
+        """Whether nothing but a directory that could not be read is known of it."""
+        return session.account_id in self._broken and session.ledger is None
 
     def _quarantine(self, fault: LegacyFault) -> None:
         """List the account, so that nobody wonders where it is; there is nothing to open."""
@@ -125,6 +134,7 @@ class LegacyImport:
             status=AccountStatus.QUARANTINED,
             last_error=fault.cause,
         )
+        self._broken.add(fault.account_id)
         self._term.make_session(account, None).quarantine(fault.cause, fault.advice)
 
     async def _create(self, item: LegacyAccount) -> Session | None:

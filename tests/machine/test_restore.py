@@ -639,6 +639,29 @@ async def test_a_legacy_account_that_cannot_be_written_fails_alone(
         assert await status(a, BEN) in (AccountStatus.CONNECTING, AccountStatus.CONNECTED)
 
 
+async def test_a_broken_directory_that_was_mended_is_imported_when_asked_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        a = lab.make("a")
+        fault = LegacyFault("/sessions/ben", BEN, "creds.json is cut short", "restore the file")
+        a.legacy.found.append(fault)
+        await restored(a, lab)
+        answer = await a.desk.import_accounts("/sessions")
+        assert answer["imported"] == []
+        assert answer["failed"] == [
+            {"accountId": BEN, "cause": "creds.json is cut short", "advice": "restore the file"}
+        ]
+        assert await status(a, BEN) is AccountStatus.QUARANTINED
+        a.legacy.found[:] = [LegacyAccount(BEN, "Ben", None, {KeyName("creds"): b"paired"})]
+        assert await a.desk.import_accounts("/sessions") == {"imported": [BEN], "failed": []}
+        await a.journal.wait_for("session.connected")
+        # Once is enough, and a directory that breaks later changes nothing.
+        a.legacy.found[:] = [fault]
+        assert await a.desk.import_accounts("/sessions") == {"imported": [], "failed": []}
+        assert await status(a, BEN) is AccountStatus.CONNECTED
+
+
 # --- an outbox that cannot be listed
 
 
