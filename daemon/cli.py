@@ -9,8 +9,10 @@ Never lives here: anything that an instance does by itself.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -637,7 +639,10 @@ def list_accounts(url: Url = None, token_file: TokenFile = None, as_json: Json =
 def add_account(
     name: Annotated[str, typer.Argument(help="The account's name, for people.")],
     account_id: Annotated[
-        str | None, typer.Option("--id", help="Its id; default: made of the name.")
+        str | None,
+        typer.Option(
+            "--id", help="Its id, for good; default: the name in small letters, digits, -."
+        ),
     ] = None,
     wait_s: Annotated[
         float, typer.Option("--wait", min=0, help="Seconds to wait for the scan; 0: do not.")
@@ -650,8 +655,9 @@ def add_account(
     from daemon.terminal import print_json, say
 
     body: dict[str, object] = {"name": name}
-    if account_id is not None:
-        body["accountId"] = account_id
+    # Nothing of the name is left where it is in another script: then the instance makes one up.
+    if chosen := account_id or _id_of(name):
+        body["accountId"] = chosen
     with _remote(url, token_file) as remote:
         account: dict[str, Any] = remote.ask("POST", ACCOUNTS, body)["account"]
         if wait_s > 0:
@@ -661,6 +667,12 @@ def add_account(
     else:
         phone = f" as {account['phone']}" if account.get("phone") else ""
         say(f"{account['accountId']}: {account['status']}{phone}")
+
+
+def _id_of(name: str) -> str:
+    """An account id made of a name: `Sales, München` is `sales-munchen`."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:64].rstrip("-")
 
 
 @accounts_app.command("qr")

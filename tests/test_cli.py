@@ -450,6 +450,23 @@ def test_add_without_waiting_prints_the_account(instance: FakeInstance) -> None:
     assert instance.asked[0][3] == {"name": "Sales", "accountId": "sales"}
 
 
+@pytest.mark.parametrize(
+    ("name", "account_id"),
+    [
+        ("Anna", "anna"),
+        ("Sales, München 2", "sales-munchen-2"),
+        ("x" * 63 + " y", "x" * 63),
+        ("客服", None),
+    ],
+)
+def test_an_id_is_made_of_the_name(
+    instance: FakeInstance, name: str, account_id: str | None
+) -> None:
+    instance.will("POST", "/api/whatsapp/accounts", (201, {"success": True, "account": ACCOUNT}))
+    command("accounts", "add", name, "--wait", "0")
+    assert instance.asked[0][3].get("accountId") == account_id
+
+
 def test_waiting_draws_each_new_code_once_until_connected(
     instance: FakeInstance, capsys: pytest.CaptureFixture[str]
 ) -> None:
