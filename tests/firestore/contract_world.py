@@ -14,6 +14,7 @@ from daemon.firestore.inbox import FirestoreInboxStore
 from daemon.firestore.layout import Layout
 from daemon.firestore.lease import COLLECTION, FirestoreLeaseStore
 from daemon.firestore.outbox import FirestoreOutboxStore
+from machine.ports import StoreUnavailable
 from machine.records import AccountId, MessageId
 from tests.contracts.samples import an_inbound
 from tests.contracts.worlds import Document, Record, SharedWorld
@@ -69,6 +70,18 @@ async def open_firestore_world(host: str) -> AsyncIterator[SharedWorld]:
                 yield
             finally:
                 await proxy.set_fault(Fault.PASS)
+                # It has cut the connections; the first call may still meet one that is ending.
+                for line in (Line.HEARTBEAT, Line.DATA):
+                    with trio.fail_after(5.0):
+                        await reach(line)
+
+        async def reach(line: Line) -> None:
+            while True:
+                try:
+                    await client.get(client.document(COLLECTION, "nothing"), line=line)
+                    return
+                except StoreUnavailable:
+                    await trio.sleep(0.05)
 
         yield SharedWorld(
             lease=FirestoreLeaseStore(client, GROUP),
