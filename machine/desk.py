@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar, TypeVarTuple
 import trio
 
 from machine.lease import HeldLease, describe_error
-from machine.ledger import AccountVanished, Ledger
+from machine.ledger import AccountUnreadable, AccountVanished, Ledger
 from machine.legacy import first_version, new_account
 from machine.limits import Limits
 from machine.outbox import require_same
@@ -177,6 +177,8 @@ class Desk:
                 raise StoreAway(
                     "the store did not answer in time; ask again", retry_after_s=1
                 ) from error
+            except AccountUnreadable as error:
+                raise AccountQuarantined(str(error)) from error
             except AccountVanished as error:
                 raise AccountNotFound(str(error)) from error
             except HandingOver:

@@ -62,7 +62,11 @@ BATCH_TEXT_BYTES_MAX = COMMIT_BYTES_MAX // 2
 
 
 class AccountVanished(Exception):
-    """The account is not in the shared store any more: it was removed, or cannot be read."""
+    """The account is not to be had from the shared store any more; it was removed, if no more."""
+
+
+class AccountUnreadable(AccountVanished):
+    """The account is there, and cannot be read: nothing of it is written over."""
 
 
 class TermGuard(Protocol):
@@ -624,7 +628,7 @@ class Ledger:
         Raises `AccountVanished` when the disk cannot be read, and `StoreAway`.
         """
         if not await self._complete_locally():
-            raise AccountVanished(f"account {self.account_id}: this disk's copy cannot be read")
+            raise AccountUnreadable(f"account {self.account_id}: this disk's copy cannot be read")
         version = Version(self._term.grant.epoch, self.version.revision)
         if self.parts:
             self.doubt_sessions(ONLY_DISK)
@@ -699,9 +703,9 @@ class Ledger:
         self.version, self.parts = head.version, dict(head.parts)
         self.complete, self._push = True, False
 
-    def _unreadable(self, head: AccountCopy) -> AccountVanished:
+    def _unreadable(self, head: AccountCopy) -> AccountUnreadable:
         # Our stamp stays: the next commit, too, must look first and not write over it.
-        return AccountVanished(f"account {self.account_id} cannot be read: {head.fault}")
+        return AccountUnreadable(f"account {self.account_id} cannot be read: {head.fault}")
 
     async def _replace(self, head: AccountCopy) -> None:
         """Have the next commit write ours whole: the shared store has an older copy, or a broken.
@@ -709,7 +713,7 @@ class Ledger:
         Raises `AccountVanished` when this disk has not all of it.
         """
         if not await self._complete_locally():
-            raise AccountVanished(
+            raise AccountUnreadable(
                 f"account {self.account_id}: this disk's copy {self.version} is newer than the "
                 f"shared store's {head.version}, and cannot be read"
             )

@@ -9,7 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from machine.records import AccountStatus, LeaseState
-from machine.refusals import AccountNotFound, AccountQuarantined
+from machine.refusals import AccountQuarantined
 from machine.restore import ADVICE_NEWER
 from machine.states import State
 from tests.machine.lab import ANN, BEN, Lab, open_lab
@@ -112,7 +112,7 @@ async def test_an_account_that_becomes_newer_under_its_holder_is_not_written_ove
         await a.journal.wait_for("restore.finished")
         lab.state.make_account_newer(ANN)
         before = deepcopy(lab.state.accounts[ANN])
-        with pytest.raises(AccountNotFound, match="newer"):
+        with pytest.raises(AccountQuarantined, match="newer"):
             await a.send(ANN, "hello")
         await trio.sleep(LONG_S)
         assert lab.state.accounts[ANN] == before
