@@ -22,6 +22,8 @@ WAL_BYTES_MAX = 64 * 2**20
 
 _HEADER_BYTES = 100
 _MAGIC = b"SQLite format 3\x00"
+_JOURNALS = (b"\x02\x02", b"\x01\x01")
+"""Written with a log, as ours are, or without one, as a copy that SQLite's own tools made."""
 
 _REFUSED_FOR_GOOD = frozenset(
     {
@@ -110,6 +112,9 @@ def check_file(path: Path, schema: Schema) -> None:
     if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):
         raise FileBroken(f"{path} is not a SQLite file: it was cut, or it is another program's")
     # The offsets are the file format's: https://www.sqlite.org/fileformat.html
+    if head[18:20] not in _JOURNALS:
+        # SQLite would only say what it writes with, and thereby write.
+        raise FileBroken(f"{path} is damaged: its first bytes are of no SQLite that there is")
     page_bytes = int.from_bytes(head[16:18])
     page_bytes = 65536 if page_bytes == 1 else page_bytes
     pages = int.from_bytes(head[28:32])

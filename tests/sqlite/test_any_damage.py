@@ -160,6 +160,7 @@ def test_any_damage_to_the_local_file_is_set_aside_or_read_around(
 @FEW
 @given(damages)
 @example(Damage("zeros", 0.462890625, 512, bytes(16)))  # columns that may not be empty are
+@example(Damage("head", 0.31, 1, bytes(16)))
 def test_any_damage_to_the_shared_file_is_refused_or_read_around(
     tmp_path: Path, shared_file: Path, damage: Damage
 ) -> None:
