@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -35,13 +36,30 @@ def new_project() -> str:
     return f"test-{uuid.uuid4().hex[:16]}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an emulator runs: this host, or whatever a subclass knows how to reach."""
+
+    address: str = "127.0.0.1"
+    within: tuple[str, ...] = ()
+    """What a command begins with in order to run there."""
+
+    def connect(self, port: int) -> socket.socket:
+        """Connect to what listens there, and block meanwhile. Raises `OSError`."""
+        return socket.create_connection((self.address, port), timeout=1)
+
+
+HERE = Place()
+
+
 class Emulator:
     """A Firestore emulator process on a port of its own. Its data dies with the process."""
 
-    def __init__(self, command: list[str], port: int) -> None:
-        self.host = f"127.0.0.1:{port}"
-        self._command = command
+    def __init__(self, command: list[str], port: int, place: Place = HERE) -> None:
+        self.host = f"{place.address}:{port}"
+        self._command = [*place.within, *command]
         self._port = port
+        self._place = place
         self._process: subprocess.Popen[bytes] | None = None
         # Closed by `close`; a pipe would fill up, for nobody reads it meanwhile.
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - see above
@@ -88,12 +106,12 @@ class Emulator:
             os.killpg(self._process.pid, number)
 
     def _answers(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1):
+        with suppress(OSError), self._place.connect(self._port):
             return True
         return False
 
 
-def emulator_command(port: int) -> list[str] | None:
+def emulator_command(port: int, address: str = HERE.address) -> list[str] | None:
     """How to start the emulator on this machine, `None` where it is not installed."""
     java, jar = shutil.which("java"), emulator_jar()
     if java is None or jar is None:
@@ -102,7 +120,7 @@ def emulator_command(port: int) -> list[str] | None:
     # run beside each other.
     flags = ["-Duser.language=en", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
     start = [java, *flags, "-Xmx1g", "-cp", str(jar), MAIN_CLASS]
-    return [*start, "--host=127.0.0.1", f"--port={port}"]
+    return [*start, f"--host={address}", f"--port={port}"]
 
 
 def emulator_jar() -> Path | None:
@@ -148,13 +166,13 @@ def _fixtures_of(item: pytest.Item) -> tuple[str, ...]:
 
 
 @contextmanager
-def start_emulator(*flags: str) -> Iterator[Emulator]:
+def start_emulator(*flags: str, place: Place = HERE) -> Iterator[Emulator]:
     """An emulator of one's own, with these flags. Raises `RuntimeError` where there is none."""
     port = free_port()
-    command = emulator_command(port)
+    command = emulator_command(port, place.address)
     if command is None:
         raise RuntimeError(MISSING)
-    emulator = Emulator([*command, *flags], port)
+    emulator = Emulator([*command, *flags], port, place)
     try:
         emulator.start()
         yield emulator

@@ -60,6 +60,8 @@ class Node:
     """The module to run, and its arguments."""
     root: Path = ROOT
     """The checkout that it is run from."""
+    within: tuple[str, ...] = ()
+    """What its command begins with, where it runs in a network of its own."""
 
     @property
     def url(self) -> str:
@@ -78,7 +80,7 @@ class Node:
         self.starts += 1
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *self.command],
+                [*self.within, sys.executable, "-m", *self.command],
                 cwd=self.root,
                 env={**os.environ, **self.env, **extra},
                 stdin=subprocess.DEVNULL,
