@@ -259,6 +259,7 @@ async def test_who_may_not_ask_the_admin_api_is_told_who_may(
     assert "roles/datastore.viewer" in findings["fields"].advice
 
 
+@pytest.mark.long
 async def test_a_database_that_does_not_answer_costs_one_deadline(firestore_emulator: str) -> None:
     async with (
         open_fault_proxy(firestore_emulator) as proxy,
