@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import yaml
 import daemon
 from daemon.http.auth import OPEN_PATHS
 from daemon.settings import PREFIX, Loaded, StoreKind, load_settings, parse_bind
+from tests.bridge.node.install import skip_or_fail
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
 KUSTOMIZATION = MANIFESTS / "kustomization.yaml"
@@ -132,3 +135,61 @@ def test_a_pod_may_do_nothing_but_write_its_state(
 def test_the_image_is_of_this_version() -> None:
     [image] = yaml.safe_load(KUSTOMIZATION.read_text())["images"]
     assert image == {"name": "watchkeeper", "newTag": daemon.__version__}
+
+
+# --- what `kubectl` makes of it, without a cluster
+
+
+@pytest.fixture
+def kubectl() -> Callable[..., str]:
+    if shutil.which("kubectl") is None:
+        skip_or_fail("no kubectl here: the kustomization is not built")
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            ["kubectl", *words], capture_output=True, text=True, check=False, timeout=30
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_what_is_applied_hangs_together(kubectl: Callable[..., str], tmp_path: Path) -> None:
+    built = kubectl("kustomize", str(MANIFESTS))
+    (tmp_path / "all.yaml").write_text(built)
+    test_a_manifest_is_valid_by_the_schema(tmp_path / "all.yaml")
+    found = list(yaml.safe_load_all(built))
+    assert {each["kind"] for each in found} == {"ConfigMap", *(d["kind"] for d in documents())}
+    of = {each["kind"]: each for each in found}
+    template = of["Deployment"]["spec"]["template"]
+    labels = template["metadata"]["labels"].items()
+    selectors = [
+        of["Deployment"]["spec"]["selector"]["matchLabels"],
+        of["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        of["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        *(each["spec"]["selector"] for each in found if each["kind"] == "Service"),
+    ]
+    assert all(selector and selector.items() <= labels for selector in selectors)
+    [container] = template["spec"]["containers"]
+    # Changed settings have another name, and so begin a rollout.
+    assert container["envFrom"][0]["configMapRef"]["name"] == of["ConfigMap"]["metadata"]["name"]
+    assert container["image"] == f"watchkeeper:{daemon.__version__}"
+    assert template["spec"]["serviceAccountName"] == of["ServiceAccount"]["metadata"]["name"]
+    assert {e["metadata"].get("namespace", "watchkeeper") for e in found} == {"watchkeeper"}
+
+
+def test_the_secrets_are_made_as_the_page_says(
+    kubectl: Callable[..., str], pod: dict[str, Any], tmp_path: Path
+) -> None:
+    page = (MANIFESTS.parents[1] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    command = re.search(r"kubectl (-n watchkeeper create secret (?:[^`]+?))\n   ```", page)
+    assert command is not None
+    for name in ("admin-token", "encryption-key"):
+        (tmp_path / name).write_text(f"{name}-of-a-test")
+    words = command[1].replace("\\\n", " ").split()
+    words = [re.sub(r"=([a-z-]+)$", rf"={tmp_path}/\1", word) for word in words]
+    secret = yaml.safe_load(kubectl(*words, "--dry-run=client", "--output=yaml"))
+    assert set(secret["data"]) == {"watchkeeper_admin_token", "watchkeeper_encryption_key"}
+    mounted = [each["secret"]["secretName"] for each in pod["volumes"] if "secret" in each]
+    assert mounted == [secret["metadata"]["name"]]
