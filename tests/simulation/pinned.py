@@ -22,5 +22,6 @@ PINNED = {
     163: "an older disk copy was written over a newer shared one that could not be read",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
     100145: "the same, with another holder by then",
+    200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",
     200015: "a kill right after a suspend, before the term could look, was called a violation",
 }
