@@ -138,14 +138,23 @@ class AccountOutbox:
     def try_now(self, message: Message) -> None:
         """Note that a message goes to the connection in this instant."""
         self._untried.discard(message.message_id)
+        # Last, also when it was tried before: the order is that of the wire.
+        self._tried.pop(message.message_id, None)
         self._tried[message.message_id] = message.to
         self.put(message)
 
     def note_recorded(self, message_id: MessageId) -> None:
-        """The keys that sending it changed are durable, and so are those of all before it."""
-        to = self._tried.pop(message_id, None)
-        for other in [one for one, other_to in self._tried.items() if other_to == to]:
-            if other not in self._pending:
+        """The keys that sending it changed are durable, and so are those of all before it.
+
+        Not those behind it: a receipt may say of one that its recipient has it, and its own ack,
+        with the keys, still come to nothing.
+        """
+        to = self._tried.get(message_id)
+        for other, other_to in list(self._tried.items()) if to is not None else ():
+            if other == message_id:
+                del self._tried[other]
+                break
+            if other_to == to and other not in self._pending:
                 del self._tried[other]
 
     def queued_after(self, message_id: MessageId, count_max: int) -> tuple[Message, ...]:

@@ -170,6 +170,33 @@ def test_doubtful_are_the_recipients_of_what_may_be_on_the_wire() -> None:
     assert outbox.doubtful_recipients() == {"1"}
 
 
+def test_a_receipt_ends_no_doubt_before_the_keys_are_durable() -> None:
+    outbox = an_outbox()
+    one, two = (message(name, MessageState.SENDING, to="1") for name in ("one", "two"))
+    for each in (one, two):
+        outbox.try_now(each)
+    for each in (one, two):
+        outbox.note_acked(each.message_id)
+        outbox.put(moved(each, MessageState.DELIVERED, at=2.0, epoch=1))
+    outbox.note_recorded(one.message_id)
+    # The ack of the second, with the keys that it changed, may still come to nothing.
+    assert outbox.doubtful_recipients() == {"1"}
+    outbox.note_recorded(two.message_id)
+    assert outbox.doubtful_recipients() == frozenset()
+
+
+def test_what_is_recorded_later_speaks_for_what_was_sent_before_it() -> None:
+    outbox = an_outbox()
+    one, two = (message(name, MessageState.SENDING, to="1") for name in ("one", "two"))
+    for each in (one, two):
+        outbox.try_now(each)
+    # Its ack came to nothing, and a receipt said all the same that its recipient has it.
+    outbox.put(moved(one, MessageState.DELIVERED, at=2.0, epoch=1))
+    outbox.note_recorded(two.message_id)
+    outbox.put(moved(two, MessageState.SERVER_ACK, at=2.0, epoch=1))
+    assert outbox.doubtful_recipients() == frozenset()
+
+
 states = st.sampled_from(list(MessageState))
 
 

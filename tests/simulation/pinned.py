@@ -24,4 +24,5 @@ PINNED = {
     100145: "the same, with another holder by then",
     200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",
     200015: "a kill right after a suspend, before the term could look, was called a violation",
+    300229: "a receipt for a message behind the one recorded ended the doubt about its keys",
 }
