@@ -22,6 +22,7 @@ class Disasters:
         self.world = world
         self.checks = world.checks
         self._backups: list[Backup] = []
+        self._database_put_back_at = -1.0
         self._disks = {host.name: host.disk.remember() for host in world.hosts}
         self._lease_gone = False
 
@@ -118,6 +119,9 @@ class Disasters:
             # Who has only heads in memory cannot write the newest back, and says so.
             self.world.clients.excused.add(account_id)
             self.world.state.restore_account(account_id, backup)
+            if backup.at < self._database_put_back_at:
+                # Of a history that was undone: its version says nothing about which keys are newer.
+                self.world.whatsapp.forgive(account_id)
 
     # --- everything
 
@@ -132,6 +136,7 @@ class Disasters:
         backup = self.rng.choice(self._backups)
         state = self.world.state
         self.checks.tell("world", f"the database is as at {backup.at:.0f} s again")
+        self._database_put_back_at = self.checks.clock.now
         for host in self.world.hosts:
             if host.process is not None:
                 self.world.crash(host)

@@ -116,7 +116,8 @@ class Faults:
     async def _check_active(self, healed_at: float) -> None:
         ttl_s = TTL_MAX_S if self.world.kind.mixed else self.world.ttl_s
         # Documents of a backup make everybody wait a ttl more: somebody may act whom they forgot.
-        within_s = ttl_s * (2 if self.world.lease_put_back else 1) + ACTIVE_WITHIN_S
+        # And one more where two find out in turn, each in a term, that the accounts are newer.
+        within_s = ttl_s * (3 if self.world.lease_put_back else 1) + ACTIVE_WITHIN_S
         self.world.lease_put_back = False
         while self.world.acting() is None:
             if trio.current_time() - healed_at > within_s:

@@ -25,4 +25,6 @@ PINNED = {
     200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",
     200015: "a kill right after a suspend, before the term could look, was called a violation",
     300229: "a receipt for a message behind the one recorded ended the doubt about its keys",
+    400138: "an account was put back from before the whole database was, and not forgiven",
+    400394: "after a backup of the lease two found out in turn, each in a term, that it was one",
 }
