@@ -113,6 +113,7 @@ class Instance:
         # The last epoch that was held with this disk.
         self._held_here = 0
         self._fell_until = -math.inf
+        self._shown_epoch = 0
         self._stand_back_until = -math.inf
         self._told_holder: tuple[str, int] | None = None
         self._fence: Fence | None = None
@@ -448,10 +449,13 @@ class Instance:
         epoch = max(view.lease.epoch, view.fence.epoch)
         if epoch >= self._epoch_floor:
             self._epoch_floor, self._fell_until = epoch, -math.inf
-        elif self._fell_until == -math.inf:
+        elif self._fell_until == -math.inf or epoch < self._shown_epoch:
+            # Each time that they fall: whoever came after one backup acts, and is forgotten by the
+            # next.
             before_s = 0.0 if self._view is None else self._view.lease.ttl_s
             ttl_s = max(view.lease.ttl_s, before_s, self._timing.ttl_s)
             self._fell_until = trio.current_time() + ttl_s
+        self._shown_epoch = epoch
 
     def _note_holder(self, fence: Fence) -> None:
         holder = None

@@ -735,6 +735,31 @@ async def test_a_lease_that_a_backup_shows_as_free_is_left_until_its_holder_has_
         assert b.instance.epoch == term.epoch + 1
 
 
+async def test_a_second_backup_of_the_lease_is_waited_for_like_the_first(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        lease, fence = lab.state.lease, lab.state.fence
+        assert lease is not None
+        assert fence is not None
+        disk = FakeLocalStore()
+        await disk.raise_epoch(500)
+        b = lab.make("b", local=disk)
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        # It knows of a higher epoch than the documents show: they are a backup's already.
+        lab.start(b)
+        await a.journal.wait_for("lease.renewed", 5)
+        term = a.term
+        a.store.partitioned = True
+        lab.state.lease = (lease[0], lab.state.stamp(), trio.current_time())
+        lab.state.fence = (fence[0], lab.state.stamp())
+        await wait_active(b)
+        assert trio.current_time() >= term.held.deadline
+        assert b.instance.epoch == 501
+
+
 @pytest.mark.parametrize("fault", ["failing", "hanging"])
 async def test_an_epoch_that_the_disk_cannot_note_is_remembered_in_memory(
     autojump_clock: MockClock, fault: str

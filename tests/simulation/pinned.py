@@ -27,4 +27,5 @@ PINNED = {
     300229: "a receipt for a message behind the one recorded ended the doubt about its keys",
     400138: "an account was put back from before the whole database was, and not forgiven",
     400394: "after a backup of the lease two found out in turn, each in a term, that it was one",
+    400483: "a second backup of the lease documents was not waited for: its holder still acted",
 }
