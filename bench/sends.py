@@ -19,7 +19,8 @@ import trio
 from bench.client import Line, send_request
 from bench.places import open_group, start_holder, wait_ready
 from bench.rows import Figure, Row, main, median, percentile, progress, seconds
-from tests.system.cluster import ROOT, TOKEN, free_port
+from tests.ports import free_port
+from tests.system.cluster import ROOT, TOKEN
 
 NOTHING = "nothing"
 START_S_MAX = 60.0

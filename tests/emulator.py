@@ -22,6 +22,8 @@ from typing import IO
 
 import pytest
 
+from tests.ports import free_port
+
 START_S_MAX = 60.0
 JAR = Path("platform/cloud-firestore-emulator/cloud-firestore-emulator.jar")
 MAIN_CLASS = "com.google.cloud.datastore.emulator.firestore.CloudFirestore"
@@ -136,13 +138,6 @@ def _sdk_roots() -> Iterator[Path]:
     yield Path("/usr/lib/google-cloud-sdk")
     yield Path("/usr/share/google-cloud-sdk")
     yield Path.home() / "google-cloud-sdk"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.hookimpl(tryfirst=True)

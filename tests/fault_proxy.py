@@ -14,6 +14,8 @@ from enum import Enum, auto
 
 import trio
 
+from tests.ports import free_port
+
 CHUNK_BYTES = 64 * 1024
 
 
@@ -51,7 +53,7 @@ class FaultProxy:
         self._target = (host, int(port))
         self._nursery = nursery
         self._listening: trio.CancelScope | None = None
-        self._port = 0
+        self._port = free_port()
         self._fault = Fault.PASS
         self._changed = trio.Event()
         self._connections: set[_Connection] = set()
@@ -91,7 +93,6 @@ class FaultProxy:
 
     async def listen(self) -> None:
         listeners = await trio.open_tcp_listeners(self._port, host="127.0.0.1")
-        self._port = listeners[0].socket.getsockname()[1]
         self._listening = trio.CancelScope()
         self._nursery.start_soon(self._serve, listeners, self._listening)
 

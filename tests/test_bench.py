@@ -30,7 +30,8 @@ from tests.bridge.node.install import install_node_side
 from tests.fakes.shared_store import FakeSharedStore
 from tests.http.asking import served
 from tests.http.fakes import TOKEN, FakeInstance, World, an_account
-from tests.system.cluster import ROOT, Node, free_port
+from tests.ports import free_port
+from tests.system.cluster import ROOT, Node
 from tests.whatsapp.file_clients import Sends
 
 # --- numbers

@@ -16,7 +16,8 @@ import httpx
 import pytest
 import trio
 
-from tests.system.cluster import TOKEN, Cluster, Node, free_port, open_cluster, sqlite_env
+from tests.ports import free_port
+from tests.system.cluster import TOKEN, Cluster, Node, open_cluster, sqlite_env
 from tests.system.steps import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]

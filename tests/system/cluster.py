@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -18,20 +17,14 @@ from typing import Any
 import httpx
 import trio
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "system-tests-only-token"
 KEY = base64.b64encode(b"k" * 32).decode()
 START_S = 15.0
 REACH_S = 30.0
 GONE_S = 5.0
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def alive(pid: int) -> bool:
