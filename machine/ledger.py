@@ -669,7 +669,7 @@ class Ledger:
         """Read the shared copy again and go on from it. An older copy never replaces ours.
 
         Raises `AccountVanished`; ends the term (and raises `NotActive`) when a higher epoch is
-        found.
+        found, or ours in another's name.
         """
         head = await self._ask(
             lambda: self._ports.accounts.fetch_account(self.account_id), queued=True
@@ -679,9 +679,9 @@ class Ledger:
             return
         if head is None or head.removed:
             raise AccountVanished(f"account {self.account_id} is not in the shared store any more")
-        if head.version.epoch > self._term.grant.epoch:
+        if head.version.epoch > self._term.grant.epoch or self._is_anothers(head):
             self._term.lose(
-                f"account {self.account_id} carries epoch {head.version.epoch}, "
+                f"account {self.account_id} carries epoch {head.version.epoch} of another, "
                 f"ours is {self._term.grant.epoch}",
                 epoch_seen=head.version.epoch,
             )
@@ -702,6 +702,11 @@ class Ledger:
         self.account = replace(head.account, **self._noted)
         self.version, self.parts = head.version, dict(head.parts)
         self.complete, self._push = True, False
+
+    def _is_anothers(self, head: AccountCopy) -> bool:
+        """Whether another wrote it under our own epoch: the lease documents were a backup's."""
+        ours = head.commit_id == "" or head.commit_id.startswith(self._commit_prefix)
+        return head.version.epoch == self._term.grant.epoch and not ours
 
     def _unreadable(self, head: AccountCopy) -> AccountUnreadable:
         # Our stamp stays: the next commit, too, must look first and not write over it.
@@ -814,7 +819,11 @@ class Ledger:
         )
 
     def _make_commit_id(self) -> str:
-        return f"{self._term.grant.epoch}-{self._ports.rng.getrandbits(64):016x}"
+        return f"{self._commit_prefix}{self._ports.rng.getrandbits(64):016x}"
+
+    @property
+    def _commit_prefix(self) -> str:
+        return f"{self._term.grant.epoch}-{self._term.grant.incarnation}-"
 
 
 def _as_far_as_it_fits(step: AccountCommit) -> AccountCommit | None:

@@ -165,7 +165,8 @@ def late_commit(bench: Bench, **parts: bytes) -> None:
     bench.lab.state.commit(
         AccountCommit(
             grant=bench.term.grant,
-            commit_id="late",
+            # Where the account is sealed, of this term: an earlier try of its own, applied late.
+            commit_id=f"{version.epoch}-{bench.term.grant.incarnation}-late",
             account=replace(stored.account, phone="49160", last_error="seen by the old holder"),
             version=version,
             stamp=stored.stamp or Stamp(""),
@@ -316,6 +317,19 @@ async def test_a_higher_epoch_in_the_account_ends_the_term(autojump_clock: MockC
         assert "epoch 8" in bench.term.lost
         with pytest.raises(NotActive):
             await bench.ledger.write(keys=mark(b"y"))
+        assert bench.keys(bench.stored())[MARK] == b"-"
+
+
+async def test_our_own_epoch_in_anothers_name_ends_the_term(autojump_clock: MockClock) -> None:
+    async with open_bench() as bench:
+        stored = bench.lab.state.accounts[ANN]
+        epoch = bench.term.grant.epoch
+        stored.version, stored.stamp = Version(epoch, 9), bench.lab.state.stamp()
+        stored.commit_id = f"{epoch}-another-0123456789abcdef"
+        with pytest.raises(NotActive):
+            await bench.ledger.write(keys=mark(b"x"))
+        assert bench.term.lost is not None
+        assert "of another" in bench.term.lost
         assert bench.keys(bench.stored())[MARK] == b"-"
 
 

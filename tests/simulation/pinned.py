@@ -28,4 +28,5 @@ PINNED = {
     400138: "an account was put back from before the whole database was, and not forgiven",
     400394: "after a backup of the lease two found out in turn, each in a term, that it was one",
     400483: "a second backup of the lease documents was not waited for: its holder still acted",
+    500250: "an epoch was granted again after a backup, while no account could be listed",
 }
