@@ -20,6 +20,7 @@ PINNED = {
     73: "a connection was opened while the ack of the one before was still being stored",
     130: "a receipt overtook an ack whose keys came to nothing, and the session was not doubted",
     163: "an older disk copy was written over a newer shared one that could not be read",
+    589: "after a backup of the lease the calm was over before its accounts could be connected",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
     100145: "the same, with another holder by then",
     200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",
