@@ -113,7 +113,8 @@ class Instance:
         # The last epoch that was held with this disk.
         self._held_here = 0
         self._fell_until = -math.inf
-        self._shown_epoch = 0
+        # The epoch that the documents showed last, and whose it was.
+        self._shown: tuple[int, str] | None = None
         self._stand_back_until = -math.inf
         self._told_holder: tuple[str, int] | None = None
         self._fence: Fence | None = None
@@ -446,16 +447,17 @@ class Instance:
         They are then those of a backup. Whoever acts under the epoch that they have lost may not
         have noticed yet, and the lease that they show as free is not.
         """
-        epoch = max(view.lease.epoch, view.fence.epoch)
-        if epoch >= self._epoch_floor:
-            self._epoch_floor, self._fell_until = epoch, -math.inf
-        elif self._fell_until == -math.inf or epoch < self._shown_epoch:
-            # Each time that they fall: whoever came after one backup acts, and is forgotten by the
-            # next.
+        epoch, owner = max(view.lease.epoch, view.fence.epoch), view.lease.incarnation
+        shown, self._shown = self._shown, (epoch, owner)
+        # Each time that they fall: whoever came after one backup acts, and is forgotten by the
+        # next. An epoch has one owner, so another one at the same is a backup's as well.
+        fell = shown is not None and (epoch < shown[0] or (epoch == shown[0] and owner != shown[1]))
+        if fell or (epoch < self._epoch_floor and self._fell_until == -math.inf):
             before_s = 0.0 if self._view is None else self._view.lease.ttl_s
             ttl_s = max(view.lease.ttl_s, before_s, self._timing.ttl_s)
             self._fell_until = trio.current_time() + ttl_s
-        self._shown_epoch = epoch
+        elif epoch > self._epoch_floor:
+            self._epoch_floor, self._fell_until = epoch, -math.inf
 
     def _note_holder(self, fence: Fence) -> None:
         holder = None

@@ -760,6 +760,35 @@ async def test_a_second_backup_of_the_lease_is_waited_for_like_the_first(
         assert b.instance.epoch == 501
 
 
+async def test_a_backup_that_gives_an_instance_its_own_lease_back_is_waited_for(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        # No accounts, which would tell that their epoch was acted under.
+        before = lab.state.lease, lab.state.fence
+        a = lab.start(lab.make("a"))
+        await wait_active(a)
+        own = lab.state.lease, lab.state.fence
+        assert own[0] is not None
+        assert own[1] is not None
+        # A backup of before it all: another is granted the epoch that this one had.
+        a.store.partitioned = True
+        lab.state.lease, lab.state.fence = before
+        b = lab.start(lab.make("b"))
+        await wait_active(b)
+        a.store.partitioned = False
+        await a.journal.wait_for("restore.skipped")
+        assert a.instance.epoch == 0
+        assert b.instance.epoch == 1
+        await b.journal.wait_for("lease.renewed")
+        term = b.term
+        b.store.partitioned = True
+        lab.state.lease = (own[0][0], lab.state.stamp(), trio.current_time())
+        lab.state.fence = (own[1][0], lab.state.stamp())
+        await a.journal.wait_for("lease.acquired", 2)
+        assert trio.current_time() >= term.held.deadline
+
+
 @pytest.mark.parametrize("fault", ["failing", "hanging"])
 async def test_an_epoch_that_the_disk_cannot_note_is_remembered_in_memory(
     autojump_clock: MockClock, fault: str

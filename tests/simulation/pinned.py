@@ -21,6 +21,7 @@ PINNED = {
     130: "a receipt overtook an ack whose keys came to nothing, and the session was not doubted",
     163: "an older disk copy was written over a newer shared one that could not be read",
     589: "after a backup of the lease the calm was over before its accounts could be connected",
+    821: "a backup named an instance as the holder under an epoch that another had by then",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
     100145: "the same, with another holder by then",
     200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",
