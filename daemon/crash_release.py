@@ -47,7 +47,7 @@ async def _release(lease: Mapping[str, Any]) -> int:
         if not written_by(view, lease):
             return NOT_OURS
         released = await release(
-            _held(view), store, TIMING, _Clocks(), SystemRandom(), _Silence(), reason=REASON
+            held_by_dead(view), store, TIMING, _Clocks(), SystemRandom(), _Silence(), reason=REASON
         )
         return RELEASED if released else FAILED
 
@@ -65,7 +65,7 @@ def written_by(view: LeaseView, lease: Mapping[str, Any]) -> bool:
     )
 
 
-def _held(view: LeaseView) -> HeldLease:
+def held_by_dead(view: LeaseView) -> HeldLease:
     """What the daemon held, as the store has it. There is no deadline to it any more."""
     lease = view.lease
     return HeldLease(

@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import trio
 
-from daemon.crash_release import TIMING, written_by
-from machine.lease import HeldLease, release
+from daemon.crash_release import TIMING, held_by_dead, written_by
+from machine.lease import release
 from machine.ports import LeaseMissing, StoreUnavailable
 from machine.records import Grant
 from machine.term import BOOTTIME_LOOK_S
@@ -80,18 +80,7 @@ class SimulatedWarden:
                 view = await store.read()
             if not written_by(view, lease):
                 return
-            held = HeldLease(
-                grant=Grant(
-                    view.lease.epoch, view.lease.holder, grant.incarnation, view.fence_stamp
-                ),
-                lease=view.lease,
-                lease_stamp=view.lease_stamp,
-                fence=view.fence,
-                fence_stamp=view.fence_stamp,
-                deadline=0.0,
-                boot_deadline=0.0,
-                asked_at=0.0,
-            )
+            held = held_by_dead(view)
             reason = "its process died; released in its name"
             clocks, silence = self._clocks, _Silence()
             if await release(held, store, TIMING, clocks, rng, silence, reason=reason):
