@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from daemon.firestore.documents import DocumentName, Moment, encode
+from daemon.firestore.documents import DocumentName, FieldValue, Moment, encode
 from daemon.firestore.layout import ACCOUNTS, ARCHIVE, INBOX, OUTBOX, Layout, inbox_range
 from daemon.firestore.protos import Proto, RunQueryRequest, Value
 from machine.records import PENDING_STATES, AccountId
@@ -42,20 +42,15 @@ def archived(layout: Layout, account_id: AccountId) -> Proto:
     request = _query(layout, ARCHIVE)
     query = request.structured_query
     query.select.fields.add(field_path="accountId")
-    where = query.where.field_filter
-    where.field.field_path = "accountId"
-    where.op = type(where).EQUAL
-    encode(where.value, str(account_id))
+    _compare(query.where.field_filter, "accountId", "EQUAL", str(account_id))
     return request
 
 
 def pending_messages(layout: Layout) -> Proto:
     """Messages that are to be sent, in any order: with one it would need a composite index."""
     request = _query(layout, OUTBOX)
-    where = request.structured_query.where.field_filter
-    where.field.field_path = "state"
-    where.op = type(where).IN
-    encode(where.value, sorted(state.value for state in PENDING_STATES))
+    pending = sorted(state.value for state in PENDING_STATES)
+    _compare(request.structured_query.where.field_filter, "state", "IN", pending)
     return request
 
 
@@ -65,10 +60,7 @@ def old_messages(layout: Layout, before: float, last: tuple[Moment, DocumentName
     query = request.structured_query
     for path in ("updatedAt", "state", "format"):
         query.select.fields.add(field_path=path)
-    where = query.where.field_filter
-    where.field.field_path = "updatedAt"
-    where.op = type(where).LESS_THAN
-    encode(where.value, Moment(before))
+    _compare(query.where.field_filter, "updatedAt", "LESS_THAN", Moment(before))
     for path in ("updatedAt", "__name__"):
         query.order_by.add(direction=ASCENDING).field.field_path = path
     if last is not None:
@@ -87,10 +79,7 @@ def inbox_page(layout: Layout, lowest: str, highest: str, count: int) -> Proto:
     both = query.where.composite_filter
     both.op = type(both).AND
     for bound, place in (("GREATER_THAN", lowest), ("LESS_THAN", highest)):
-        one = both.filters.add().field_filter
-        one.field.field_path = "place"
-        one.op = getattr(type(one), bound)
-        encode(one.value, place)
+        _compare(both.filters.add().field_filter, "place", bound, place)
     query.order_by.add(direction=ASCENDING).field.field_path = "place"
     query.limit.value = count
     return request
@@ -101,10 +90,7 @@ def old_inbox(layout: Layout, before: float, count: int) -> Proto:
     request = _query(layout, INBOX)
     query = request.structured_query
     query.select.fields.add(field_path="receivedAt")
-    where = query.where.field_filter
-    where.field.field_path = "receivedAt"
-    where.op = type(where).LESS_THAN
-    encode(where.value, Moment(before))
+    _compare(query.where.field_filter, "receivedAt", "LESS_THAN", Moment(before))
     query.order_by.add(direction=ASCENDING).field.field_path = "receivedAt"
     query.limit.value = count
     return request
@@ -114,3 +100,10 @@ def _query(layout: Layout, collection: str) -> Proto:
     request = RunQueryRequest(parent=layout.parent)
     request.structured_query.from_.add(collection_id=collection)
     return request
+
+
+def _compare(condition: Proto, path: str, operator: str, value: FieldValue) -> None:
+    """Fill a field filter: `operator` is the name of one of the protocol's."""
+    condition.field.field_path = path
+    condition.op = getattr(type(condition), operator)
+    encode(condition.value, value)
