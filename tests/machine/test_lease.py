@@ -712,14 +712,18 @@ async def test_accounts_that_carry_our_own_new_epoch_were_written_by_another(
         assert trio.current_time() >= TIMING.ttl_s
 
 
+def put_back(lab: Lab, backup: LeaseView) -> None:
+    """Let the lease documents be those of a backup: new to whoever looks, and their age begins."""
+    lab.state.lease = (backup.lease, lab.state.stamp(), trio.current_time())
+    lab.state.fence = (backup.fence, lab.state.stamp())
+
+
 async def test_a_lease_that_a_backup_shows_as_free_is_left_until_its_holder_has_stopped(
     autojump_clock: MockClock,
 ) -> None:
     async with open_lab() as lab:
         await lab.add_accounts(ANN)
-        lease, fence = lab.state.lease, lab.state.fence
-        assert lease is not None
-        assert fence is not None
+        backup = lab.state.read_lease()
         a = lab.start(lab.make("a"))
         await wait_active(a)
         b = lab.start(lab.make("b"))
@@ -727,8 +731,7 @@ async def test_a_lease_that_a_backup_shows_as_free_is_left_until_its_holder_has_
         await a.journal.wait_for("lease.renewed", 2)
         term = a.term
         a.store.partitioned = True
-        lab.state.lease = (lease[0], lab.state.stamp(), trio.current_time())
-        lab.state.fence = (fence[0], lab.state.stamp())
+        put_back(lab, backup)
         await wait_active(b)
         assert trio.current_time() >= term.held.deadline
         assert a.instance.term is None
@@ -740,9 +743,7 @@ async def test_a_second_backup_of_the_lease_is_waited_for_like_the_first(
 ) -> None:
     async with open_lab() as lab:
         await lab.add_accounts(ANN)
-        lease, fence = lab.state.lease, lab.state.fence
-        assert lease is not None
-        assert fence is not None
+        backup = lab.state.read_lease()
         disk = FakeLocalStore()
         await disk.raise_epoch(500)
         b = lab.make("b", local=disk)
@@ -753,8 +754,7 @@ async def test_a_second_backup_of_the_lease_is_waited_for_like_the_first(
         await a.journal.wait_for("lease.renewed", 5)
         term = a.term
         a.store.partitioned = True
-        lab.state.lease = (lease[0], lab.state.stamp(), trio.current_time())
-        lab.state.fence = (fence[0], lab.state.stamp())
+        put_back(lab, backup)
         await wait_active(b)
         assert trio.current_time() >= term.held.deadline
         assert b.instance.epoch == 501
@@ -765,15 +765,13 @@ async def test_a_backup_that_gives_an_instance_its_own_lease_back_is_waited_for(
 ) -> None:
     async with open_lab() as lab:
         # No accounts, which would tell that their epoch was acted under.
-        before = lab.state.lease, lab.state.fence
+        before = lab.state.read_lease()
         a = lab.start(lab.make("a"))
         await wait_active(a)
-        own = lab.state.lease, lab.state.fence
-        assert own[0] is not None
-        assert own[1] is not None
+        own = lab.state.read_lease()
         # A backup of before it all: another is granted the epoch that this one had.
         a.store.partitioned = True
-        lab.state.lease, lab.state.fence = before
+        put_back(lab, before)
         b = lab.start(lab.make("b"))
         await wait_active(b)
         a.store.partitioned = False
@@ -783,8 +781,7 @@ async def test_a_backup_that_gives_an_instance_its_own_lease_back_is_waited_for(
         await b.journal.wait_for("lease.renewed")
         term = b.term
         b.store.partitioned = True
-        lab.state.lease = (own[0][0], lab.state.stamp(), trio.current_time())
-        lab.state.fence = (own[1][0], lab.state.stamp())
+        put_back(lab, own)
         await a.journal.wait_for("lease.acquired", 2)
         assert trio.current_time() >= term.held.deadline
 
