@@ -62,7 +62,7 @@ BATCH_TEXT_BYTES_MAX = COMMIT_BYTES_MAX // 2
 
 
 class AccountVanished(Exception):
-    """The account is not to be had from the shared store any more; it was removed, if no more."""
+    """The shared store has the account no more: it was removed, or is `AccountUnreadable`."""
 
 
 class AccountUnreadable(AccountVanished):
