@@ -113,6 +113,7 @@ class Instance:
         # The last epoch that was held with this disk.
         self._held_here = 0
         self._fell_until = -math.inf
+        self._ttl_max_s = timing.ttl_s
         # The epoch that the documents showed last, and whose it was.
         self._shown: tuple[int, str] | None = None
         self._stand_back_until = -math.inf
@@ -445,17 +446,17 @@ class Instance:
         """Remember the highest epoch; wait a ttl when the documents have forgotten it.
 
         They are then those of a backup. Whoever acts under the epoch that they have lost may not
-        have noticed yet, and the lease that they show as free is not.
+        have noticed yet, and the lease that they show as free is not. Whose term that is they do
+        not say, so the ttl is the longest that any lease has had.
         """
         epoch, owner = max(view.lease.epoch, view.fence.epoch), view.lease.incarnation
+        self._ttl_max_s = max(self._ttl_max_s, view.lease.ttl_s)
         shown, self._shown = self._shown, (epoch, owner)
         # Each time that they fall: whoever came after one backup acts, and is forgotten by the
         # next. An epoch has one owner, so another one at the same is a backup's as well.
         fell = shown is not None and (epoch < shown[0] or (epoch == shown[0] and owner != shown[1]))
         if fell or (epoch < self._epoch_floor and self._fell_until == -math.inf):
-            before_s = 0.0 if self._view is None else self._view.lease.ttl_s
-            ttl_s = max(view.lease.ttl_s, before_s, self._timing.ttl_s)
-            self._fell_until = trio.current_time() + ttl_s
+            self._fell_until = trio.current_time() + self._ttl_max_s
         elif epoch > self._epoch_floor:
             self._epoch_floor, self._fell_until = epoch, -math.inf
 

@@ -52,6 +52,8 @@ class Checks:
         self.trace: deque[str] = deque(maxlen=None if keep_trace else TAIL_LINES)
         self._hash = hashlib.sha256()
         self._granted = Granted(0, "")
+        self._rival: Granted | None = None
+        """Granted at or below it, under an epoch that nobody has acted under yet: see `_holds`."""
         self._asked: dict[str, tuple[Process, float]] = {}
         self._acted = (0, "")
         self._forgotten = False
@@ -84,11 +86,27 @@ class Checks:
 
     # --- who acts: claims 1, 4, 5
 
+    def _holds(self, incarnation: str, epoch: int) -> Granted | None:
+        """The grant of this epoch to this process, as far as anyone can tell the newest one.
+
+        Lease documents of a backup may forget a grant, and an epoch be granted again. Where nobody
+        has acted under it, nothing tells the two apart, and it is whose who acts first.
+        """
+        rival = self._rival
+        if rival is not None and rival.epoch > self._acted[0]:
+            if (rival.epoch, rival.incarnation) == (epoch, incarnation):
+                return rival
+        granted = self._granted
+        if (granted.epoch, granted.incarnation) == (epoch, incarnation):
+            return granted
+        return None
+
     def wrong(self, process: Process, epoch: int) -> tuple[int, str] | None:
         """Which claim an act of this process under this epoch would break now, and how."""
-        granted = self._granted
-        if (granted.epoch, granted.incarnation) != (epoch, process.incarnation):
-            return 1, f"epoch {granted.epoch} was granted to {granted.incarnation}"
+        granted = self._holds(process.incarnation, epoch)
+        if granted is None:
+            newest = self._granted
+            return 1, f"epoch {newest.epoch} was granted to {newest.incarnation}"
         if granted.released:
             return 5, "the lease was released before"
         if self.clock.now > granted.until + HAIR_S:
@@ -154,19 +172,27 @@ class Checks:
         process, asked_at = self._asked.get(lease.nonce, (None, 0.0))
         if lease.state is not LeaseState.HELD or process is None:
             return
-        granted = self._granted
-        if (granted.epoch, granted.incarnation) != (lease.epoch, lease.incarnation):
-            still = not granted.released and self.clock.now <= granted.until
-            if lease.epoch <= self._acted[0] or (still and lease.epoch <= granted.epoch):
+        granted = self._holds(lease.incarnation, lease.epoch)
+        if granted is None:
+            newest = self._granted
+            granted = Granted(lease.epoch, lease.incarnation)
+            still = not newest.released and self.clock.now <= newest.until
+            if lease.epoch <= self._acted[0]:
                 # Lease documents of a backup: whoever gets this must find out, and may not act.
                 self.counts["granted below"] += 1
                 return
-            granted = self._granted = Granted(lease.epoch, lease.incarnation)
-            self._forgotten = False
+            if still and lease.epoch <= newest.epoch:
+                self.counts["granted again"] += 1
+                self._rival = granted
+            else:
+                self._granted, self._rival, self._forgotten = granted, None, False
         term_s = process.timing.term_s / process.gate.clock.rate
         granted.until = max(granted.until, asked_at + term_s)
 
     def _has_acted(self, incarnation: str, epoch: int) -> None:
+        rival = self._holds(incarnation, epoch)
+        if rival is not None and rival is self._rival:
+            self._granted, self._rival = rival, None
         if not self._forgotten:
             self._acted = (epoch, incarnation)
 
@@ -181,9 +207,8 @@ class Checks:
             self.violated(3, f"the fence's epoch fell from {old.epoch} to {new.epoch}")
         elif new.epoch == old.epoch and new.incarnation != old.incarnation:
             self.violated(3, f"epoch {new.epoch} was granted to {old.incarnation} and to another")
-        granted = self._granted
-        released = new.state is not LeaseState.HELD
-        if released and (new.epoch, new.incarnation) == (granted.epoch, granted.incarnation):
+        granted = self._holds(new.incarnation, new.epoch)
+        if granted is not None and new.state is not LeaseState.HELD:
             granted.released = True
 
     # --- the accounts: claims 2 and 7
@@ -192,10 +217,10 @@ class Checks:
         """An account's version never falls, and no epoch writes after a later one."""
         self.counts["writes"] += 1
         self.tell("store", f"{account_id} {version} by {grant.incarnation}")
-        if grant.epoch < self._granted.epoch:
-            self.counts["late, before the seal"] += 1
-        elif (grant.epoch, grant.incarnation) == (self._granted.epoch, self._granted.incarnation):
+        if self._holds(grant.incarnation, grant.epoch) is not None:
             self._has_acted(grant.incarnation, grant.epoch)
+        elif grant.epoch < self._granted.epoch:
+            self.counts["late, before the seal"] += 1
         before, by = self._written.get(account_id, (Version(0, 0), grant))
         self._written[account_id] = (version, grant)
         if account_id in self._put_back:
@@ -229,7 +254,7 @@ class Checks:
 
     def database_put_back(self) -> None:
         """The same for all documents, with every process stopped: nobody holds what was granted."""
-        self._granted = Granted(0, "")
+        self._granted, self._rival = Granted(0, ""), None
         self._acted, self._forgotten = (0, ""), True
 
     def receipt(self, account_id: AccountId, message_id: MessageId) -> None:
