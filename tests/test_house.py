@@ -148,8 +148,12 @@ def test_what_make_test_leaves_out_is_what_make_test_long_runs() -> None:
     recipes = make("--always-make", "--dry-run", "test", "test-long")
     assert re.search(r"^deploy/dev/test\.sh *$", recipes, re.MULTILINE)
     script = (ROOT / "deploy" / "dev" / "test.sh").read_text(encoding="utf-8")
-    marks = [re.findall(r'pytest -m ("[a-z ]+"|[a-z]+)', text) for text in (script, recipes)]
-    assert marks == [['"not long"'], ["long"]]
+    runs = [re.findall(r'pytest -m ("[a-z ]+"|[a-z]+) (.*)', text) for text in (script, recipes)]
+    assert [{mark for mark, _rest in of} for of in runs] == [{'"not long"'}, {"long"}]
+    asked_for, with_node, others = (rest for _mark, rest in runs[0])
+    assert asked_for.startswith('"$@"')
+    assert with_node.startswith("$with_node ")
+    assert others.startswith("$(printf ' --ignore=%s' $with_node)")
 
 
 # --- the shell scripts -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 from tests.simulation.mutants import MUTANTS
+from tests.simulation.pinned import PINNED
 from tests.simulation.run import Outcome, simulate, simulate_all
 from tests.simulation.table import PAGE, catch_all, write_table
 
@@ -16,7 +17,9 @@ from tests.simulation.table import PAGE, catch_all, write_table
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="this one only, with its trace")
-    parser.add_argument("--seeds", type=int, default=100, help="how many, from --first on")
+    parser.add_argument(
+        "--seeds", type=int, default=100, help="how many, from --first on, after the pinned ones"
+    )
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10.0, help="of simulated time, each")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="with a deliberate mistake")
@@ -42,7 +45,7 @@ def run_many(given: argparse.Namespace) -> int:
     failed: list[int] = []
     simulated_s = took_s = healed_s = 0.0
     began = time.monotonic()
-    seeds = range(given.first, given.first + given.seeds)
+    seeds = chosen(given)
     for outcome in simulate_all(
         seeds, minutes=given.minutes, mutant=given.mutant, processes=given.processes
     ):
@@ -56,12 +59,20 @@ def run_many(given: argparse.Namespace) -> int:
             print(f"  replay: {replay(outcome.seed, given)}", flush=True)
     took = time.monotonic() - began
     print(
-        f"{given.seeds} seeds, {len(failed)} with violations {failed or ''}; "
+        f"{len(seeds)} seeds, {len(failed)} with violations {failed or ''}; "
         f"{simulated_s / 3600:.1f} h simulated in {took:.0f} s, "
         f"{simulated_s / took_s:.0f} x real time a core; ACTIVE {healed_s:.1f} s after healing"
     )
     print(", ".join(f"{name}: {count}" for name, count in sorted(total.items())))
     return bool(failed)
+
+
+def chosen(given: argparse.Namespace) -> list[int]:
+    """The seeds to run: what was asked for, and before it every one that once found something."""
+    asked = range(given.first, given.first + given.seeds)
+    # A mistake made on purpose is looked for in its own seeds.
+    pinned = [] if given.mutant else sorted(PINNED)
+    return [*pinned, *(seed for seed in asked if seed not in pinned)]
 
 
 def replay(seed: int, given: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Seeds that once found something, run for ever. Each with what it found.
+"""Seeds that once found something, run for ever before all others. Each with what it found.
 
 A seed names a world only as long as the simulation draws its numbers in the same order: when that
 changes, a seed is one world among many again, and what it found is kept by the unit test that came
@@ -22,6 +22,7 @@ PINNED = {
     163: "an older disk copy was written over a newer shared one that could not be read",
     589: "after a backup of the lease the calm was over before its accounts could be connected",
     821: "a backup named an instance as the holder under an epoch that another had by then",
+    1139: "an epoch was forgotten with its holder, who had not acted, and called doubly granted",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
     100145: "the same, with another holder by then",
     200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from tests.simulation.__main__ import chosen
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.pinned import PINNED
 from tests.simulation.run import simulate, simulate_all
@@ -43,8 +45,9 @@ def test_worlds_keep_every_promise() -> None:
     assert counts["received"] > 100 * len(SEEDS)
 
 
-def test_seeds_that_once_found_something_find_nothing_any_more() -> None:
-    check_worlds(sorted(PINNED))
+def test_seeds_that_once_found_something_are_run_before_any_others() -> None:
+    given = argparse.Namespace(first=2, seeds=2, mutant=None)
+    assert chosen(given) == [*sorted(PINNED), 2]
 
 
 @pytest.mark.parametrize("mutant", QUICK)
