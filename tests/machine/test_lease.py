@@ -760,6 +760,34 @@ async def test_a_second_backup_of_the_lease_is_waited_for_like_the_first(
         assert b.instance.epoch == 501
 
 
+async def test_a_backup_is_waited_for_by_the_longest_ttl_that_was_ever_seen(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_lab() as lab:
+        await lab.add_accounts(ANN)
+        backup = lab.state.read_lease()
+        slow = replace(TIMING, ttl_s=3 * TIMING.ttl_s)
+        b = lab.make("b")
+        c = lab.start(lab.make("c", timing=slow))
+        await wait_active(c)
+        lab.start(b)
+        await b.journal.wait_for("restore.skipped")
+        c.instance.request_drain("redeploy")
+        await wait_active(b)
+        # Another term of a long ttl, which b does not see: it is cut off until it is forgotten.
+        b.store.partitioned = True
+        c = lab.start(lab.make("c", timing=slow))
+        await wait_active(c)
+        term = c.term
+        await b.wait(State.PASSIVE)
+        c.store.partitioned = True
+        put_back(lab, backup)
+        b.store.partitioned = False
+        await b.journal.wait_for("restore.finished", 2)
+        assert trio.current_time() >= term.held.deadline
+        assert b.instance.epoch == term.epoch + 1
+
+
 async def test_a_backup_that_gives_an_instance_its_own_lease_back_is_waited_for(
     autojump_clock: MockClock,
 ) -> None:
