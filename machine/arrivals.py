@@ -8,6 +8,7 @@ Never lives here: the connection's own life (`machine.session`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -19,7 +20,15 @@ from machine.limits import Limits
 from machine.old_messages import LookingTerm, OldMessages
 from machine.outbox import AccountOutbox, is_progress, moved
 from machine.ports import BodyAsked, KeysChanged, MessageProgressed, MessageReceived, Ports
-from machine.records import Grant, KeyChange, KeyName, Message, MessageId, MessageState
+from machine.records import (
+    PENDING_STATES,
+    Grant,
+    KeyChange,
+    KeyName,
+    Message,
+    MessageId,
+    MessageState,
+)
 
 UNSTORED_MAX = 1000
 """Received messages that wait for their commit. Over it the connection is not read on: the server
@@ -124,12 +133,30 @@ class Arrivals:
                 epoch=self._term.grant.epoch,
                 error=event.error,
             )
-            self._outbox.put(further)
-            self._ledger.post(messages=(further,))
+            self._take(known, further)
             if event.state is MessageState.FAILED:
                 self.tell_failed(event.message_id, event.error or "the server said no more")
 
         self._old.look_up(event.message_id, found)
+
+    def _take(self, known: Message, further: Message) -> None:
+        """Put a receipt in, and have it stored; not before the keys that its message changed."""
+        if self._outbox.in_doubt(known.message_id):
+            self._outbox.put(further)
+            return
+        applied = None
+        if known.state in PENDING_STATES:
+            # Sent in an earlier term. What dropped its recipient's session is queued before this.
+            self._outbox.doubt(known)
+            applied = partial(self._end_doubt, further)
+        self._outbox.put(further)
+        self._ledger.post(messages=(further,), applied=applied)
+
+    def _end_doubt(self, stored: Message) -> None:
+        self._outbox.end_doubt(stored.message_id)
+        latest = self._outbox.find(stored.message_id)
+        if latest is not None and is_progress(stored.state, latest.state):
+            self._ledger.post(messages=(latest,))
 
     def tell_failed(self, message_id: MessageId, cause: str) -> None:
         """Tell that a message failed for good; once a connection, that its account may not send."""

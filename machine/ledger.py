@@ -47,7 +47,7 @@ from machine.records import (
     Stamp,
     Version,
 )
-from machine.refusals import StoreAway
+from machine.refusals import Refusal, StoreAway
 from machine.retry import Backoff, TryTimedOut, retry
 
 T = TypeVar("T")
@@ -412,7 +412,22 @@ class Ledger:
                 self._waiting[:0] = rest
         except Exception as error:  # noqa: BLE001 - passed on, not swallowed
             # Whoever waits for the change decides what it means; nothing was written.
+            behind, self._waiting = self._waiting, []
             _fail(batch, error)
+            _fail(behind, self._why_not_behind(error))
+
+    def _why_not_behind(self, error: Exception) -> Exception:
+        """What is told those whose change was queued behind one that was not written.
+
+        They were queued in the knowledge of it: a receipt, stored without the keys that its
+        message changed, would end the doubt about them.
+        """
+        if isinstance(error, (AccountVanished, Refusal)):
+            return error
+        return StoreAway(
+            f"account {self.account_id}: a change before this one was not stored; ask again",
+            retry_after_s=1,
+        )
 
     async def _commit(self, batch: list[_Entry]) -> None:
         local_first = (

@@ -143,19 +143,41 @@ class AccountOutbox:
         self._tried[message.message_id] = message.to
         self.put(message)
 
-    def note_recorded(self, message_id: MessageId) -> None:
+    def note_recorded(self, message_id: MessageId) -> tuple[Message, ...]:
         """The keys that sending it changed are durable, and so are those of all before it.
 
         Not those behind it: a receipt may say of one that its recipient has it, and its own ack,
-        with the keys, still come to nothing.
+        with the keys, still come to nothing. Answers those before it whose receipts can be stored
+        now (see `in_doubt`).
         """
         to = self._tried.get(message_id)
+        before: list[Message] = []
         for other, other_to in list(self._tried.items()) if to is not None else ():
             if other == message_id:
                 del self._tried[other]
                 break
             if other_to == to and other not in self._pending:
                 del self._tried[other]
+                settled = self._settled.get(other)
+                if settled is not None:
+                    before.append(settled)
+        return tuple(before)
+
+    def in_doubt(self, message_id: MessageId) -> bool:
+        """Whether it went to a connection and the keys that this changed are not durable yet.
+
+        A receipt for it is not stored before they are: a crash in between would leave a message
+        that is settled, and its recipient's session with a key that was used, and nobody to know.
+        """
+        return message_id in self._tried
+
+    def doubt(self, message: Message) -> None:
+        """Have its recipient in doubt until `end_doubt`, though a receipt says that it has it."""
+        self._tried[message.message_id] = message.to
+
+    def end_doubt(self, message_id: MessageId) -> None:
+        """What keeps its recipient's session from using a key twice is durable."""
+        self._tried.pop(message_id, None)
 
     def queued_after(self, message_id: MessageId, count_max: int) -> tuple[Message, ...]:
         """The next messages in order that no connection has had and the store has as `queued`."""

@@ -741,15 +741,21 @@ class Session:
         crash, in new sessions. Whoever waits for this one is told when it is durable.
         """
         assert self.ledger is not None
-        message_id = acked.message_id
+        ledger, message_id = self.ledger, acked.message_id
         known = self.outbox.find(message_id)
-        # A receipt may have overtaken the ack, and is queued already: it must not be undone.
-        overtaken = known is not None and is_progress(acked.state, known.state)
+        # A receipt may have overtaken the ack, and waits for its keys.
+        if known is not None and is_progress(acked.state, known.state):
+            acked = known
 
         # Both run also when the connection has ended meanwhile: the outbox stays true.
         def applied() -> None:
-            self.outbox.note_recorded(message_id)
+            late = self.outbox.note_recorded(message_id)
             self.outbox.put(acked)
+            now = self.outbox.find(message_id)
+            if now is not None and is_progress(acked.state, now.state):
+                late += (now,)
+            if late:
+                ledger.post(messages=late)
             self._ports.journal.note(
                 "message.acked",
                 account_id=self.account_id,
@@ -762,9 +768,9 @@ class Session:
             broke(_closed_by(error))
 
         self.outbox.note_acked(message_id)
-        self.ledger.post(
+        ledger.post(
             keys=ack.keys,
-            messages=() if overtaken else (acked,),
+            messages=(acked,),
             applied=applied,
             failed=failed,
         )

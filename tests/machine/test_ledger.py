@@ -278,6 +278,28 @@ async def test_a_change_that_cannot_be_packed_fails_its_caller_and_nothing_is_wr
         await bench.ledger.write(keys=mark(b"y"))
 
 
+async def test_what_is_queued_behind_a_change_that_came_to_nothing_is_not_written(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_bench() as bench:
+        accounts = bench.lab.state.accounts
+        gone = accounts.pop(ANN)
+        told: list[Exception] = []
+
+        def failed(error: Exception) -> None:
+            told.append(error)
+            accounts[ANN] = gone  # From a backup, in time for what comes next.
+
+        bench.host.store.delay(0.1, 0.1)
+        bench.ledger.post(keys=mark(b"x"), failed=failed)
+        await trio.sleep(0.05)  # Its commit has begun: what comes now is behind it.
+        bench.ledger.post(messages=(message("received"),), failed=told.append)
+        await trio.sleep(1)
+        assert [type(error) for error in told] == [AccountVanished, AccountVanished]
+        assert bench.lab.state.messages == {}
+        await bench.ledger.write(messages=(message("later"),))
+
+
 async def test_a_cancelled_writer_s_change_is_written_and_told(autojump_clock: MockClock) -> None:
     async with open_bench() as bench:
         bench.host.store.delay(0.5)

@@ -192,7 +192,10 @@ def test_what_is_recorded_later_speaks_for_what_was_sent_before_it() -> None:
         outbox.try_now(each)
     # Its ack came to nothing, and a receipt said all the same that its recipient has it.
     outbox.put(moved(one, MessageState.DELIVERED, at=2.0, epoch=1))
-    outbox.note_recorded(two.message_id)
+    received = moved(one, MessageState.DELIVERED, at=2.0, epoch=1)
+    assert outbox.in_doubt(one.message_id)
+    # Its receipt was not stored until now.
+    assert outbox.note_recorded(two.message_id) == (received,)
     outbox.put(moved(two, MessageState.SERVER_ACK, at=2.0, epoch=1))
     assert outbox.doubtful_recipients() == frozenset()
 

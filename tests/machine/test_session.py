@@ -767,7 +767,10 @@ async def test_a_receipt_before_the_ack_is_not_undone_by_it(autojump_clock: Mock
         await trio.sleep(0.5)
         connection = world.lab.whatsapp.open[ANN]
         connection.push(MessageProgressed(message.message_id, MessageState.DELIVERED))
-        await trio.sleep(2)
+        await trio.sleep(0.4)
+        # A crash now must leave the doubt about the session that it went out in.
+        assert world.message(message.message_id).state is MessageState.SENDING
+        await trio.sleep(1.6)
         assert world.message(message.message_id).state is MessageState.DELIVERED
         assert (await world.host.desk.message(message.message_id)).state is MessageState.DELIVERED
         # The keys that came with the ack are stored all the same.

@@ -93,13 +93,11 @@ class Checks:
         has acted under it, nothing tells the two apart, and it is whose who acts first.
         """
         rival = self._rival
-        if rival is not None and rival.epoch > self._acted[0]:
-            if (rival.epoch, rival.incarnation) == (epoch, incarnation):
-                return rival
         granted = self._granted
-        if (granted.epoch, granted.incarnation) == (epoch, incarnation):
-            return granted
-        return None
+        grants = (granted,) if rival is None or rival.epoch <= self._acted[0] else (rival, granted)
+        return next(
+            (one for one in grants if (one.epoch, one.incarnation) == (epoch, incarnation)), None
+        )
 
     def wrong(self, process: Process, epoch: int) -> tuple[int, str] | None:
         """Which claim an act of this process under this epoch would break now, and how."""

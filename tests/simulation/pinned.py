@@ -23,6 +23,7 @@ PINNED = {
     589: "after a backup of the lease the calm was over before its accounts could be connected",
     821: "a backup named an instance as the holder under an epoch that another had by then",
     1139: "an epoch was forgotten with its holder, who had not acted, and called doubly granted",
+    2381: "a receipt was stored, and the ack before it with the keys came to nothing; then a crash",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
     100145: "the same, with another holder by then",
     200127: "a message asked for in time after a suspend arrived 11 ms late, and was a violation",
