@@ -100,8 +100,12 @@ def test_the_ports_are_those_that_are_listened_on(
     }
 
 
-def test_a_pod_is_given_the_time_that_a_drain_may_take(loaded: Loaded, pod: dict[str, Any]) -> None:
-    assert pod["terminationGracePeriodSeconds"] > loaded.settings.stop_s()
+def test_a_pod_is_given_the_time_that_a_drain_may_take(
+    loaded: Loaded, pod: dict[str, Any], container: dict[str, Any]
+) -> None:
+    sleep, before_s = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert sleep == "sleep"
+    assert pod["terminationGracePeriodSeconds"] > float(before_s) + loaded.settings.stop_s()
 
 
 def test_the_probes_ask_what_they_are_for(container: dict[str, Any]) -> None:
