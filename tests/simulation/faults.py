@@ -96,6 +96,8 @@ class Faults:
             host.link.rough = host.disk.flaky = 0.0
             if host.process is None:
                 self.world.start(host)
+            else:
+                host.process.gate.forget_step()
         for account_id in ACCOUNTS:
             script = self.world.whatsapp.script(account_id)
             script.ack_delay_s, script.acks_lost = 0.02, 0

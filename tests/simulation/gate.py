@@ -58,12 +58,16 @@ class Gate:
 
     def open_for_good(self) -> None:
         """Open it, and forget what was to come before one of the steps from here on."""
-        self._at_step = None
+        self.forget_step()
         self.open()
 
     def at_step(self, steps_more: int, act: Callable[[], None]) -> None:
         """Call `act` in the world right before the step that comes after `steps_more` others."""
         self._at_step = (self.steps + steps_more, act)
+
+    def forget_step(self) -> None:
+        """Nothing happens before a step any more."""
+        self._at_step = None
 
     def spawn(self, nursery: trio.Nursery, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Start `work` behind this gate; every task it starts is behind it too."""

@@ -22,6 +22,7 @@ PINNED = {
     163: "an older disk copy was written over a newer shared one that could not be read",
     589: "after a backup of the lease the calm was over before its accounts could be connected",
     821: "a backup named an instance as the holder under an epoch that another had by then",
+    664: "a crash that was to come before a step came after the storm, in the calm",
     1139: "an epoch was forgotten with its holder, who had not acted, and called doubly granted",
     2381: "a receipt was stored, and the ack before it with the keys came to nothing; then a crash",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
