@@ -11,11 +11,18 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from machine.arrivals import Arrivals
 from machine.ledger import AccountVanished, Ledger
 from machine.limits import Durability
-from machine.outbox import moved
+from machine.outbox import AccountOutbox, moved
 from machine.places import Places
-from machine.ports import AuthTooLarge, AuthUnreadable, MessageExists, StaleWrite
+from machine.ports import (
+    AuthTooLarge,
+    AuthUnreadable,
+    MessageExists,
+    MessageProgressed,
+    StaleWrite,
+)
 from machine.records import (
     COMMIT_BYTES_MAX,
     COMMIT_WRITES_MAX,
@@ -749,3 +756,32 @@ async def test_a_commit_waits_out_an_outage_of_the_store(autojump_clock: MockClo
         assert 600 <= trio.current_time() <= 600 + 2 + LIMITS.store_try_s
         # Five seconds a try, two seconds at most between: not in a hurry, and not asleep.
         assert 600 / 7.5 <= len(bench.host.journal.of("commit.retried")) <= 600 / 5
+
+
+# --- receipts
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_receipt_for_what_an_earlier_term_sent_ends_the_doubt_once_it_is_stored(
+    autojump_clock: MockClock, away: bool
+) -> None:
+    async with open_bench() as bench:
+        sent = message("sent", MessageState.SENDING)
+        await bench.ledger.write(new_message=sent)
+        outbox = AccountOutbox(ANN, pending_max=10, settled_kept=10)
+        outbox.load([sent])
+        arrivals = Arrivals(
+            bench.ledger, outbox, term=bench.term, ports=bench.host.ports, limits=LIMITS
+        )
+        if away:
+            del bench.lab.state.accounts[ANN]
+        # Dropped for the doubt, which may come to nothing.
+        bench.ledger.post(keys=KeyChange({SESSION: None}))
+        for state in (MessageState.DELIVERED, MessageState.READ):
+            arrivals.progress(MessageProgressed(sent.message_id, state))
+        assert outbox.doubtful_recipients() == {sent.to}
+        await trio.sleep(1)
+        assert outbox.doubtful_recipients() == ({sent.to} if away else frozenset())
+        assert bench.lab.state.messages[sent.message_id].state is (
+            MessageState.SENDING if away else MessageState.READ
+        )
