@@ -20,7 +20,7 @@ nice -n 19 .venv/bin/python -m tests.simulation \
     --first 101 --seeds 100 --minutes 10 --processes 1 >"$out/worlds" 2>&1 &
 worlds=$!
 # shellcheck disable=SC2086
-.venv/bin/pytest -m "not long" $with_node >"$out/with_node" 2>&1 &
+.venv/bin/pytest -m "not long" $with_node -p no:cacheprovider >"$out/with_node" 2>&1 &
 with_node_tests=$!
 jobs="$worlds $with_node_tests"
 
