@@ -53,6 +53,7 @@ class FaultProxy:
         self._target = (host, int(port))
         self._nursery = nursery
         self._listening: trio.CancelScope | None = None
+        self._beginning = trio.Lock()
         self._port = free_port()
         self._fault = Fault.PASS
         self._changed = trio.Event()
@@ -83,7 +84,7 @@ class FaultProxy:
         if fault is Fault.REFUSE and self._listening is not None:
             self._listening.cancel()
             self._listening = None
-        if fault is not Fault.REFUSE and self._listening is None:
+        if fault is not Fault.REFUSE:
             await self.listen()
 
     def leave_frozen(self) -> None:
@@ -92,9 +93,12 @@ class FaultProxy:
             connection.frozen = True
 
     async def listen(self) -> None:
-        listeners = await trio.open_tcp_listeners(self._port, host="127.0.0.1")
-        self._listening = trio.CancelScope()
-        self._nursery.start_soon(self._serve, listeners, self._listening)
+        """Take connections, unless it does already. Two faults may end at the same time."""
+        async with self._beginning:
+            if self._listening is None and self._fault is not Fault.REFUSE:
+                listeners = await trio.open_tcp_listeners(self._port, host="127.0.0.1")
+                self._listening = trio.CancelScope()
+                self._nursery.start_soon(self._serve, listeners, self._listening)
 
     async def _serve(
         self, listeners: list[trio.SocketListener], listening: trio.CancelScope

@@ -69,7 +69,7 @@ class Traffic:
                     self.failed.append(f"{text}: nobody listens")
                     return None
                 await trio.sleep(0.01)
-            except httpx.RemoteProtocolError as error:
+            except (httpx.RemoteProtocolError, httpx.ReadError) as error:
                 if not self.repeats:
                     self.failed.append(f"{text}: {type(error).__name__} {error}")
                     return None
