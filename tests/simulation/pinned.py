@@ -24,6 +24,7 @@ PINNED = {
     821: "a backup named an instance as the holder under an epoch that another had by then",
     664: "a crash that was to come before a step came after the storm, in the calm",
     1139: "an epoch was forgotten with its holder, who had not acted, and called doubly granted",
+    1790: "a crash like that of 664 came in the first moment of the term after the storm",
     2381: "a receipt was stored, and the ack before it with the keys came to nothing; then a crash",
     100080: "a term that a suspend had eaten before it began was told to the warden, which killed",
     100145: "the same, with another holder by then",
