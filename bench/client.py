@@ -104,7 +104,10 @@ class Line:
     async def _open(self) -> trio.SocketStream:
         if self._stream is not None:
             # An idle connection that can be read from was closed by the other side.
-            if not select.select([self._stream.socket], [], [], 0)[0]:
+            # Not `select`, which takes no descriptor above 1,023: in a crash many callers wait.
+            readable = select.poll()
+            readable.register(self._stream.socket.fileno(), select.POLLIN)
+            if not readable.poll(0):
                 return self._stream
             self.close()
         try:
