@@ -14,7 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from daemon.http.closing import Closing
 from daemon.http.edge import Answer, Inbound, Receive, Scope, Send
 from daemon.http.errors import ApiError, ErrorCode
-from daemon.http.forward import Relay
+from daemon.http.forward import KNOCKS_A_SECOND_MAX, Relay
 from daemon.http.links import NOT_STARTED, UNKNOWN, Outcome
 from daemon.http.ports import ApiSettings
 from machine.states import State
@@ -231,6 +231,30 @@ async def test_refused_connections_are_tried_again_until_the_holder_is_back(
     assert await stage.relay().answer(asking(REPAIR)) is DONE
     moments = [at for _, at in stage.link.asked]
     assert [b - a for a, b in pairwise(moments)] == pytest.approx([0.25] * 2)
+
+
+async def test_many_who_wait_ask_a_dead_holder_no_more_often_than_few(
+    stage: Stage, autojump_clock: MockClock
+) -> None:
+    stage.given = settings(handoff_wait_s=10, forwards_max=1000)
+    stage.world.activate(stage.b)
+    stage.link.then = outcomes(NOT_STARTED)
+    relay = stage.relay()
+    answers: list[Answer] = []
+
+    async def ask() -> None:
+        answers.append(await relay.answer(asking(REPAIR)))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(1000):
+            nursery.start_soon(ask)
+        await trio.sleep(9)
+        # Each once at the beginning, and then 200 a second.
+        assert 1000 < len(stage.link.asked) <= 1000 + 9 * KNOCKS_A_SECOND_MAX + 1000
+        stage.world.activate(stage.a)
+        await trio.sleep(0.1)
+        # Who takes its place answers all of them at once.
+        assert [each.body for each in answers] == [HERE] * 1000
 
 
 async def test_send_without_an_answer_is_made_again_under_its_id(
