@@ -30,8 +30,7 @@ S = TypeVar("S")
 STORES = ("sqlite", "firestore")
 
 FIGURE_S_MAX = 1800.0
-"""Twice what the longest takes. A figure that hangs ends then; the others are measured all the
-same."""
+"""A figure that hangs ends then, and the others are measured all the same."""
 
 
 @dataclass(frozen=True, slots=True)

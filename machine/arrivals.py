@@ -154,8 +154,8 @@ class Arrivals:
 
     def _end_doubt(self, stored: Message) -> None:
         self._outbox.end_doubt(stored.message_id)
-        latest = self._outbox.find(stored.message_id)
-        if latest is not None and is_progress(stored.state, latest.state):
+        latest = self._outbox.latest(stored)
+        if latest is not stored:
             self._ledger.post(messages=(latest,))
 
     def tell_failed(self, message_id: MessageId, cause: str) -> None:

@@ -112,6 +112,13 @@ class AccountOutbox:
         """A message that is still in memory."""
         return self._pending.get(message_id) or self._settled.get(message_id)
 
+    def latest(self, message: Message) -> Message:
+        """`message` itself, or what is in memory of it where that is further: a receipt is."""
+        known = self.find(message.message_id)
+        if known is None or not is_progress(message.state, known.state):
+            return message
+        return known
+
     def find_same(self, message_id: MessageId, *, to: str, text: str) -> Message | None:
         """An earlier message with this id. Raises `IdempotencyKeyReused` when it says otherwise."""
         known = self.find(message_id)
@@ -221,8 +228,7 @@ class AccountOutbox:
 
         A message only moves forward: a receipt that overtook the server's ack stays.
         """
-        known = self.find(message.message_id)
-        if known is not None and is_progress(message.state, known.state):
+        if self.latest(message) is not message:
             return
         if message.state in PENDING_STATES:
             self._pending[message.message_id] = message

@@ -33,7 +33,7 @@ from machine.closes import (
 from machine.lease import describe_error
 from machine.ledger import AccountVanished, Ledger, TermGuard
 from machine.limits import Limits
-from machine.outbox import AccountOutbox, is_progress, moved
+from machine.outbox import AccountOutbox, moved
 from machine.places import Places, last_used_at
 from machine.ports import (
     AuthTooLarge,
@@ -742,18 +742,16 @@ class Session:
         """
         assert self.ledger is not None
         ledger, message_id = self.ledger, acked.message_id
-        known = self.outbox.find(message_id)
         # A receipt may have overtaken the ack, and waits for its keys.
-        if known is not None and is_progress(acked.state, known.state):
-            acked = known
+        acked = self.outbox.latest(acked)
 
         # Both run also when the connection has ended meanwhile: the outbox stays true.
         def applied() -> None:
             late = self.outbox.note_recorded(message_id)
             self.outbox.put(acked)
-            now = self.outbox.find(message_id)
-            if now is not None and is_progress(acked.state, now.state):
-                late += (now,)
+            latest = self.outbox.latest(acked)
+            if latest is not acked:
+                late += (latest,)
             if late:
                 ledger.post(messages=late)
             self._ports.journal.note(

@@ -191,8 +191,8 @@ def test_what_is_recorded_later_speaks_for_what_was_sent_before_it() -> None:
     for each in (one, two):
         outbox.try_now(each)
     # Its ack came to nothing, and a receipt said all the same that its recipient has it.
-    outbox.put(moved(one, MessageState.DELIVERED, at=2.0, epoch=1))
     received = moved(one, MessageState.DELIVERED, at=2.0, epoch=1)
+    outbox.put(received)
     assert outbox.in_doubt(one.message_id)
     # Its receipt was not stored until now.
     assert outbox.note_recorded(two.message_id) == (received,)
